@@ -1,0 +1,30 @@
+"""Chain async steps: stages with timeouts and retries, pipelines, and bounded, ordered batches.
+
+>>> pipeline = Pipeline([fetch, parse, save])
+>>> await pipeline.run(url)
+>>> await pipeline.map(urls, concurrency=20)
+"""
+
+from .errors import BatchError, DeadlockError, PipelineError, StageExecutionError, StageTimeoutError
+from .outcome import Outcome
+from .pipeline import Pipeline
+from .stage import BackoffMode, Stage, staged
+from .types import AfterStageHook, BeforeStageHook, Middleware
+
+__all__ = [
+    "AfterStageHook",
+    "BackoffMode",
+    "BatchError",
+    "BeforeStageHook",
+    "DeadlockError",
+    "Middleware",
+    "Outcome",
+    "Pipeline",
+    "PipelineError",
+    "Stage",
+    "StageExecutionError",
+    "StageTimeoutError",
+    "staged",
+]
+
+__version__ = "2.0.0"

@@ -1,0 +1,125 @@
+"""The context of a run: who wants it, how a batch copies it, how one entry is read and written."""
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping, MutableMapping
+from types import FunctionType, MethodType
+from typing import Any
+
+__all__ = ["copier", "get_entry", "set_entry", "wants_context"]
+
+_CONTEXT_NAMES = ("context", "ctx")
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+if sys.version_info >= (3, 14):  # there, asking for a signature evaluates lazy annotations unless told not to
+    from annotationlib import Format
+
+    _signature = functools.partial(
+        inspect.signature, follow_wrapped=False, annotation_format=Format.STRING
+    )
+else:
+    _signature = functools.partial(inspect.signature, follow_wrapped=False)
+
+
+def copier(context: object | None) -> Callable[[], Any]:
+    """Return a function that makes each item's shallow copy of ``context``.
+
+    ``None`` gives new dicts. An object is copied by its own ``copy()``, or else, when it has none or
+    that one wants arguments, by :func:`copy.copy`.
+    """
+    if context is None:
+        return dict
+    if type(context) is dict:
+        return context.copy
+    return functools.partial(_copy, context)
+
+
+def _copy(context: object) -> object:
+    own = getattr(context, "copy", None)
+    if callable(own):
+        try:
+            return own()
+        except TypeError:
+            pass
+    return copy.copy(context)
+
+
+def get_entry(context: object, key: str, default: Any = None) -> Any:
+    """Return ``context[key]`` of a mapping or ``context.key`` of any other object, else ``default``."""
+    if isinstance(context, Mapping):
+        return context.get(key, default)
+    return getattr(context, key, default)
+
+
+def set_entry(context: object, key: str, value: object) -> bool:
+    """Set ``context[key]`` or ``context.key``; return False if the object refuses."""
+    if isinstance(context, MutableMapping):
+        context[key] = value
+        return True
+    try:
+        setattr(context, key, value)
+    except Exception:  # a frozen dataclass, a slotted object and a pydantic model each refuse in their way
+        return False
+    return True
+
+
+def wants_context(function: Callable[..., Any], shape: str) -> bool:
+    """Tell whether ``function`` takes the context after the arguments that ``shape`` names.
+
+    The parameter that follows them receives the context when it has no default or is named ``context``
+    or ``ctx``; ``*args`` does too. Only Python functions, methods and objects with a Python ``__call__``
+    are asked; classes and callables written in C (``round``, ``str.split``, ``UUID``) never want it.
+    A wrapper that takes ``*args`` is looked through by its ``__wrapped__``.
+
+    Args:
+        function: a handler or a hook.
+        shape: how it is called without the context, for example ``"handler(value)"``.
+
+    Raises:
+        TypeError: it can be called neither with these arguments nor with the context added.
+    """
+    given = shape.count(",") + 1
+    signature = _python_signature(function)
+    if signature is None:
+        return False
+    positional = [p for p in signature.parameters.values() if p.kind in _POSITIONAL]
+    if len(positional) > given:
+        candidate = positional[given]
+        wanted = candidate.default is candidate.empty or candidate.name in _CONTEXT_NAMES
+    else:
+        wanted = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+    try:
+        signature.bind(*(None,) * (given + wanted))
+    except TypeError as error:
+        with_context = shape.replace(")", ", context)")
+        raise TypeError(f"it must take {shape} or {with_context}, not {signature}: {error}") from None
+    return wanted
+
+
+def _python_signature(function: Any) -> inspect.Signature | None:
+    """The signature of Python code, without evaluating its annotations; None for a class or C code."""
+    if isinstance(function, functools.partial):
+        return _signature(function) if _python_signature(function.func) else None
+    if not isinstance(function, (FunctionType, MethodType)):
+        if isinstance(function, type):
+            return None
+        wrapped = getattr(function, "__wrapped__", None)  # functools.cache is C around Python
+        if callable(wrapped):
+            return _python_signature(wrapped)
+        if not isinstance(inspect.getattr_static(type(function), "__call__", None), FunctionType):
+            return None
+        return _signature(function)
+    signature = _signature(function)
+    wrapped = _wrapped(function)
+    if wrapped is not None and any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        return _python_signature(wrapped) or signature
+    return signature
+
+
+def _wrapped(function: FunctionType | MethodType) -> Any:
+    wrapped = getattr(function, "__wrapped__", None)
+    if wrapped is not None and isinstance(function, MethodType):
+        return MethodType(wrapped, function.__self__)
+    return wrapped

@@ -1,0 +1,349 @@
+"""A pipeline: steps in a row, one context per run."""
+
+import asyncio
+from collections.abc import AsyncIterable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, cast, overload
+
+from .errors import StageExecutionError, mark_cancelled
+from .events import Hook
+from .fanout import Batch, Stream
+from .outcome import Outcome
+from .stage import Stage, callable_name
+from .types import AfterStageHook, BeforeStageHook, ContextT, In, Middleware, Out, Step, is_awaitable
+
+__all__ = ["Pipeline"]
+
+_Call = Callable[[Any, Any], Any]
+
+
+class _Link(NamedTuple):
+    """One step of a pipeline, with everything about it decided that can be before a run.
+
+    A direct link is a plain handler, called without anything around it; what it raises is wrapped by the
+    pipeline. Any other is an async ``(value, context)`` callable whose errors leave as they are.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    wants_context: bool
+    is_async: bool
+    is_direct: bool
+    is_nested: bool
+
+
+# most results are of these types: a lookup here is faster than asking the type for __await__
+_NEVER_AWAITABLE = frozenset({bool, bytes, dict, float, int, list, set, str, tuple, type(None)})
+
+
+class Pipeline(Generic[In, Out, ContextT]):
+    """Steps in a row, each receiving what the one before returned.
+
+    >>> pipeline = Pipeline([fetch, parse, save], name="pages")
+    >>> await pipeline.run(url)                          # one value
+    >>> await pipeline.map(urls, 20)                     # many, in a list, in order
+    >>> async with pipeline.stream(urls, 20) as rows:    # many, as they come
+    ...     async for row in rows: ...
+
+    A pipeline is immutable, holds no state of a run, and may be used from any number of tasks and event
+    loops, also from inside its own handlers. It is a step itself, and then appears as one stage to the
+    pipeline around it.
+
+    Args:
+        stages: at least one of: stages, pipelines, plain callables (which become a :class:`Stage` named
+            after them), or any object with a ``name`` and ``async run(value, *, context=None)``.
+        name: what the pipeline is called inside another one; ``"pipeline"`` by default.
+        before_stage: a sync or async ``(stage_name, value)`` or ``(stage_name, value, context)``, called
+            before each stage.
+        after_stage: a sync or async ``(stage_name, value, output, error)``, with ``context`` as a fifth
+            if wanted, called exactly once for each ``before_stage``: with the output, with the
+            :class:`StageExecutionError`, or with the cancellation. An exception in a hook is logged to
+            the logger ``async_pipeline``, and the run goes on.
+        middlewares: callables ``(next, stage_name, value, context)``, async, or sync returning a value or
+            an awaitable, around each stage with all its attempts; the first in the list is outermost.
+            Their errors leave the pipeline as they are.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a callable that does not take what it will be given.
+        ValueError: no stage.
+    """
+
+    __slots__ = ("_after", "_before", "_links", "name", "stages")
+
+    name: str
+    stages: tuple[Step[Any, Any], ...]
+
+    def __init__(
+        self,
+        stages: Sequence[Step[Any, Any] | Callable[..., Any]],
+        *,
+        name: str = "pipeline",
+        before_stage: BeforeStageHook | None = None,
+        after_stage: AfterStageHook | None = None,
+        middlewares: Sequence[Middleware] | None = None,
+    ) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, not {name!r}")
+        self.name = name
+        self.stages = _as_steps(stages)
+        self._before = None if before_stage is None else Hook("before_stage(stage_name, value)", before_stage)
+        self._after = (
+            None if after_stage is None else Hook("after_stage(stage_name, value, output, error)", after_stage)
+        )
+        folds = _checked_middlewares(middlewares)
+        self._links = tuple(_link(step, folds) for step in self.stages)
+
+    if not TYPE_CHECKING:
+
+        def __class_getitem__(cls, parameters: Any) -> Any:
+            # Pipeline[int, str] leaves the context out; defaults of type variables came with Python 3.13
+            if isinstance(parameters, tuple) and len(parameters) == 2 and len(cls.__parameters__) == 3:
+                parameters = (*parameters, Any)
+            return super().__class_getitem__(parameters)
+
+    def __setattr__(self, attribute: str, value: object) -> None:
+        if hasattr(self, attribute) and attribute in Pipeline.__slots__:
+            raise AttributeError(f"a Pipeline is immutable; build another one for another {attribute!r}")
+        super().__setattr__(attribute, value)
+
+    async def run(self, initial_value: In, *, context: ContextT | None = None) -> Out:
+        """Run one value through all stages and return the last one's output.
+
+        Args:
+            initial_value: the input of the first stage.
+            context: one mutable object for all stages, hooks and middlewares of this run: a dict, a
+                dataclass, anything; a new dict by default.
+
+        Raises:
+            StageExecutionError: a stage failed; it names the stage and carries the handler's error.
+        """
+        shared: Any = {} if context is None else context
+        if self._before is not None or self._after is not None:
+            return cast(Out, await self._run_hooked(initial_value, shared))
+        value: Any = initial_value
+        try:
+            for name, call, wants_context, is_async, is_direct, is_nested in self._links:  # noqa: B007
+                result = call(value, shared) if wants_context else call(value)
+                if is_async or (type(result) not in _NEVER_AWAITABLE and is_awaitable(result)):
+                    value = await result
+                else:
+                    value = result
+        except Exception as error:
+            if is_direct:
+                raise StageExecutionError(name, error) from error
+            raise
+        except asyncio.CancelledError as error:
+            mark_cancelled(error, name, nested=is_nested)
+            raise
+        return cast(Out, value)
+
+    async def _run_hooked(self, value: Any, context: Any) -> Any:
+        before, after = self._before, self._after
+        for link in self._links:
+            try:
+                # inside the try: an after_stage belongs to a before_stage that was cancelled, too
+                if before is not None and (pending := before.start(context, link.name, value)) is not None:
+                    await before.finish(link.name, pending)
+                output = await self._run_link(link, value, context)
+            except BaseException as error:
+                if after is not None:
+                    pending = after.start(context, link.name, value, None, error)
+                    if pending is not None:
+                        await after.finish(link.name, pending)
+                raise
+            if after is not None:
+                pending = after.start(context, link.name, value, output, None)
+                if pending is not None:
+                    await after.finish(link.name, pending)
+            value = output
+        return value
+
+    async def _run_link(self, link: _Link, value: Any, context: Any) -> Any:
+        try:
+            result = link.call(value, context) if link.wants_context else link.call(value)
+            if link.is_async or is_awaitable(result):
+                return await result
+            return result
+        except Exception as error:
+            if link.is_direct:
+                raise StageExecutionError(link.name, error) from error
+            raise
+        except asyncio.CancelledError as error:
+            mark_cancelled(error, link.name, nested=link.is_nested)
+            raise
+
+    async def try_run(self, initial_value: In, *, context: ContextT | None = None) -> Outcome[Out]:
+        """Run one value like :meth:`run`, and return what became of it instead of raising.
+
+        Returns:
+            An :class:`Outcome` with the value, or with the ``Exception``. Cancellation and other
+            exceptions that are no ``Exception`` propagate.
+        """
+        shared: Any = {} if context is None else context
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        value, failure = None, None
+        try:
+            value = await self.run(initial_value, context=shared)
+        except Exception as error:
+            failure = error
+        return Outcome(None, initial_value, value, failure, shared, clock() - started)
+
+    @overload
+    async def map(
+        self,
+        items: Iterable[In] | AsyncIterable[In],
+        concurrency: int | asyncio.Semaphore = 5,
+        *,
+        context: ContextT | None = None,
+        return_exceptions: Literal[False] = False,
+    ) -> list[Out]: ...
+    @overload
+    async def map(
+        self,
+        items: Iterable[In] | AsyncIterable[In],
+        concurrency: int | asyncio.Semaphore = 5,
+        *,
+        context: ContextT | None = None,
+        return_exceptions: bool,
+    ) -> list[Out | Exception]: ...
+    async def map(
+        self,
+        items: Iterable[In] | AsyncIterable[In],
+        concurrency: int | asyncio.Semaphore = 5,
+        *,
+        context: ContextT | None = None,
+        return_exceptions: bool = False,
+    ) -> list[Out] | list[Out | Exception]:
+        """Run every item through the pipeline, side by side, and return the results in input order.
+
+        Items are pulled as they are needed, never further ahead than ``concurrency``. Each sees its own
+        copy of the caller's context variables; what it sets reaches no other item. Several items may
+        share a task one after the other, so state keyed by ``asyncio.current_task()`` outlives an item.
+
+        Args:
+            items: any iterable or async iterable. Generators, and async iterators with an ``aclose``, are
+                closed at the end; a file or a cursor stays the caller's.
+            concurrency: how many items are in flight at most; 5 by default. A :class:`asyncio.Semaphore`
+                may be given instead and shared by several calls; it is held only while an item runs.
+                A handler that maps over the same semaphore its own item holds can deadlock.
+            context: each item gets a shallow copy (its ``copy()``, else :func:`copy.copy`); new dicts by
+                default.
+            return_exceptions: False (the default): the first failure cancels the rest. True: a failed
+                item's error stands in its place in the list.
+
+        Raises:
+            BatchError: an item failed; carries ``results`` and ``failures`` by item index.
+            TypeError, ValueError: ``items`` or ``concurrency`` is wrong.
+            Exception: an error of the source is raised as itself, and cancels the rest.
+        """
+        batch = Batch(self, items, concurrency, context, return_exceptions=return_exceptions)
+        return cast("list[Out]", await batch.run())
+
+    def stream(
+        self,
+        items: Iterable[In] | AsyncIterable[In],
+        concurrency: int | asyncio.Semaphore = 5,
+        *,
+        ordered: bool = True,
+        buffer: int | None = None,
+        context: ContextT | None = None,
+    ) -> Stream[Out]:
+        """Run items through the pipeline like :meth:`map`, and yield the results while others still run.
+
+        >>> async with pipeline.stream(urls, concurrency=20) as results:
+        ...     async for value in results: ...          # or: async for outcome in results.outcomes()
+
+        Leaving the ``async with``, by ``break``, error or cancellation, cancels what runs, and ends with
+        no task alive and the source closed. A failed item is raised by the iteration, in its turn, and
+        ends the stream; ``results.outcomes()`` goes on instead.
+
+        Args:
+            items, concurrency, context: as for :meth:`map`.
+            ordered: True (the default) yields in input order, each as soon as it and all before it are
+                ready; False as they finish.
+            buffer: how many items are in flight or finished but not yet taken, at most; memory is bounded
+                by it. By default 2 * ``concurrency``, or 64 with a Semaphore.
+
+        Returns:
+            A :class:`~async_pipeline.fanout.Stream`, to be entered with ``async with``.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+            StageExecutionError: by the iteration, for a failed item.
+        """
+        return Stream(self, items, concurrency, context, ordered=ordered, buffer=buffer)
+
+    def __repr__(self) -> str:
+        stages = ", ".join(map(repr, self.stages))
+        return f"{type(self).__name__}([{stages}], name={self.name!r})"
+
+
+def _as_steps(stages: Any) -> tuple[Step[Any, Any], ...]:
+    if isinstance(stages, (str, Stage, Pipeline)) or not isinstance(stages, Iterable):
+        raise TypeError(f"stages must be a list of stages, not {stages!r}; write Pipeline([fetch, parse])")
+    steps = tuple(map(_as_step, stages))
+    if not steps:
+        raise ValueError("Pipeline requires at least one stage")
+    return steps
+
+
+def _as_step(step: Any) -> Step[Any, Any]:
+    is_step = hasattr(step, "name") and callable(getattr(step, "run", None))
+    if is_step and not isinstance(step, type):
+        return cast("Step[Any, Any]", step)
+    if callable(step):
+        return Stage(callable_name(step), step)
+    raise TypeError(
+        f"stages must hold stages, pipelines, callables, or objects with name and run, not {step!r}"
+    )
+
+
+def _checked_middlewares(middlewares: Any) -> tuple[Middleware, ...]:
+    checked = tuple(middlewares or ())
+    for middleware in checked:
+        if not callable(middleware) or isinstance(middleware, type):
+            raise TypeError(
+                "middlewares must hold callables (next, stage_name, value, context), "
+                f"not {middleware!r}; of a class, an instance"
+            )
+    return checked
+
+
+def _link(step: Any, middlewares: Sequence[Middleware]) -> _Link:
+    is_nested = isinstance(step, Pipeline)
+    if type(step) is Stage:
+        if step.timeout is None and step.retries == 0 and not middlewares:
+            return _Link(step.name, step.handler, step._wants_context, step._is_async, True, False)
+        call: _Call = step._run
+    elif is_nested:
+        call = _nested(step)
+    else:
+        call = _own_run(step)
+    for middleware in reversed(middlewares):
+        call = _fold(middleware, step.name, call)
+    return _Link(step.name, call, True, True, False, is_nested)
+
+
+def _own_run(step: Step[Any, Any]) -> _Call:
+    return lambda value, context: step.run(value, context=context)
+
+
+def _nested(pipeline: Pipeline[Any, Any, Any]) -> _Call:
+    async def call(value: Any, context: Any) -> Any:
+        try:
+            return await pipeline.run(value, context=context)
+        except StageExecutionError as error:
+            raise error.within(pipeline.name) from error.original_error
+
+    return call
+
+
+def _fold(middleware: Middleware, stage_name: str, inner: _Call) -> _Call:
+    async def call(value: Any, context: Any) -> Any:
+        def next_stage(value: Any) -> Any:
+            return inner(value, context)
+
+        result = middleware(next_stage, stage_name, value, context)
+        return await result if is_awaitable(result) else result
+
+    return call
