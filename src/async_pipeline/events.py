@@ -19,33 +19,27 @@ class Hook:
         TypeError: at construction, when it is not callable or can't be called as ``shape`` says.
     """
 
-    __slots__ = ("_call", "_wants_context")
+    __slots__ = ("call", "wants_context")
 
-    def __init__(self, shape: str, function: Callable[..., object]) -> None:
+    def __init__(self, shape: str, function: Callable[..., Any]) -> None:
         parameter = shape.partition("(")[0]
         if not callable(function):
             raise TypeError(f"{parameter} must be a callable, not {function!r}")
         try:
-            self._wants_context = wants_context(function, shape)
+            self.wants_context = wants_context(function, shape)
         except TypeError as error:
             raise TypeError(f"{parameter}={function!r} can't be used: {error}") from None
-        self._call = function
+        self.call = function
 
-    def start(self, context: object, *args: Any) -> Any:
-        """Call the hook; return an awaitable that the caller has to :meth:`finish`, or None."""
+    async def fire(self, context: object, stage_name: str, *args: Any) -> None:
+        """Call the hook, and await what it returns if that is awaitable; log an exception."""
         try:
-            result = self._call(*args, context) if self._wants_context else self._call(*args)
+            result = self.call(stage_name, *args, *((context,) if self.wants_context else ()))
+            if result is not None and is_awaitable(result):
+                await result
         except Exception as error:
-            self._report(args[0], error)
-            return None
-        return result if result is not None and is_awaitable(result) else None
+            self.report(stage_name, error)
 
-    async def finish(self, stage_name: str, result: Any) -> None:
-        """Await what :meth:`start` returned."""
-        try:
-            await result
-        except Exception as error:
-            self._report(stage_name, error)
-
-    def _report(self, stage_name: str, error: Exception) -> None:
-        logger.error("Hook %r failed at stage %r; the run goes on", self._call, stage_name, exc_info=error)
+    def report(self, stage_name: str, error: Exception) -> None:
+        """Log an exception of the hook, with its traceback."""
+        logger.error("Hook %r failed at stage %r; the run goes on", self.call, stage_name, exc_info=error)

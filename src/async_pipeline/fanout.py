@@ -14,8 +14,9 @@ import math
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable
 from contextvars import Context, copy_context
+from functools import partial
 from types import TracebackType, coroutine
-from typing import Any, Generic, NamedTuple, cast
+from typing import Any, Generic, cast
 
 from .context import copier
 from .errors import BatchError, StageExecutionError, cancelled_in
@@ -27,13 +28,16 @@ from .types import Out, Step
 __all__ = ["Batch", "Stream"]
 
 _Job = tuple[int, Any]
+_Record = tuple[int, Any, Any, Exception | None, Any, float]  # the fields of an Outcome
 _END: Any = object()
 _LATER: Any = object()
 _UNSET: Any = object()
 
 # how many items may start in one turn of the event loop: handlers that never suspend must not starve it
 _ITEMS_PER_TURN = 128
+_HALF_TURN = 64
 _BUFFER_WITH_SEMAPHORE = 64
+_GROWTH = 256  # of a batch's list of results
 
 
 @coroutine
@@ -42,23 +46,10 @@ def _next_turn() -> Generator[None, None, None]:
     yield
 
 
-class _SyncSource:
-    """An iterable, advanced and closed in one Context, so that a generator's variables stay its own."""
-
-    def __init__(self, items: Iterable[Any]) -> None:
-        self._context = copy_context()
-        self._iterator = self._context.run(iter, items)
-
-    def pull(self) -> Any:
-        return self._context.run(next, self._iterator, _END)
-
-    def close(self) -> None:
-        if isinstance(self._iterator, Generator):
-            self._context.run(self._iterator.close)
-
-
 class FanOut:
     """What ``map`` and ``stream`` share: from a source to a call of ``_settle`` for each item."""
+
+    _is_timed = True
 
     def __init__(
         self,
@@ -83,7 +74,8 @@ class FanOut:
         self._tasks: set[asyncio.Task[None]] = set()
         self._workers = 0
         self._seeker: object = None  # with a semaphore, the one worker that has no permit yet
-        self._source: _SyncSource | None = None
+        self._pull: Callable[[], Any] | None = None  # of a sync source: the next item or _END
+        self._close: Callable[[], None] | None = None
         self._pump: asyncio.Future[None] | None = None  # what the pump waits for
         self._pump_task: asyncio.Task[None] | None = None
         self._ended = False  # no further item will be pulled
@@ -106,10 +98,16 @@ class FanOut:
         self._spawn()
 
     def _open(self, items: Iterable[Any]) -> None:
+        # a sync source is advanced and closed in one Context, so that a generator's variables stay its own
+        context = self._context.copy()
         try:
-            self._source = _SyncSource(items)
+            iterator = context.run(iter, items)
         except BaseException as error:
-            self._fail_source(error)
+            return self._fail_source(error)
+        self._pull = partial(context.run, next, iterator, _END)
+        if isinstance(iterator, Generator):
+            self._close = partial(context.run, iterator.close)
+        return None
 
     def _stop(self) -> None:
         """Cancel whatever runs; who calls it waits for the TaskGroup."""
@@ -133,9 +131,9 @@ class FanOut:
         self._stop()
 
     def _close_source(self) -> None:
-        if self._source is not None:
+        if self._close is not None:
             try:
-                self._source.close()
+                self._close()
             except BaseException as error:
                 self._fail_source(error)
 
@@ -168,8 +166,7 @@ class FanOut:
         if self._ended and not self._handed:
             return self._leave()
         context = self._context.copy()
-        body = self._work(context) if self._semaphore is None else self._work_with_permit(self._semaphore)
-        task = self._start(body, context)
+        task = self._start(self._work(context), context)
         task.add_done_callback(self._left)
         return None
 
@@ -192,43 +189,48 @@ class FanOut:
             self._finished.set_result(None)
 
     async def _work(self, context: Context) -> None:
+        # one coroutine with the item's run in it: a layer more costs a batch 4 %
         task = cast("asyncio.Task[None]", asyncio.current_task())
+        run, make_context, clock, semaphore = self._step.run, self._make_context, self._clock, self._semaphore
+        is_timed, size = self._is_timed, len(self._variables)
+        if semaphore is not None:
+            self._seeker = task
         while (job := self._take()) is not None:
             if job is _LATER:
                 await self._wait()
                 continue
+            if semaphore is not None:
+                await self._acquire(semaphore, job)
             if self._workers < self._limit and not self._ended:
                 self._spawn()
-            await self._run_item(*job)
-            if task.cancelling() or self._is_soiled(context):
+            own = None
+            started = clock() if is_timed else 0.0
+            try:
+                own = make_context()
+                value = await run(job[1], context=own)
+            except BaseException as error:
+                self._fail(job, own, started, error)
+            else:
+                self._settle(job, own, started, value)
+            finally:
+                if semaphore is not None:
+                    semaphore.release()
+            if semaphore is not None or task.cancelling() or len(context) != size or self._is_soiled():
                 return
 
-    async def _work_with_permit(self, semaphore: asyncio.Semaphore) -> None:
-        self._seeker = asyncio.current_task()
-        while (job := self._take()) is _LATER:
-            await self._wait()
-        if job is None:
-            return
+    async def _acquire(self, semaphore: asyncio.Semaphore, job: _Job) -> None:
         try:
             await semaphore.acquire()
         except asyncio.CancelledError:
             if not self._stopping:
                 self._handed.appendleft(job)
             raise
-        try:
-            if not self._stopping:
-                self._spawn()
-                await self._run_item(*job)
-        finally:
-            semaphore.release()
 
-    def _is_soiled(self, context: Context) -> bool:
-        """Tell whether an item left context variables behind, in which case its worker is replaced.
+    def _is_soiled(self) -> bool:
+        """Tell whether the item changed a context variable, in which case its worker is replaced.
 
         A fifth of the time that stepping each coroutine inside a Context of its own takes.
         """
-        if len(context) != len(self._variables):
-            return True
         for variable, value in self._variables:  # noqa: SIM110 - any() takes three times as long
             if variable.get(_UNSET) is not value:
                 return True
@@ -245,18 +247,22 @@ class FanOut:
             return self._handed.popleft()
         if self._ended:
             return None
-        if self._room <= 0 or self._source is None:
+        if self._room <= 0 or self._pull is None:
             return cast(_Job, _LATER)
         try:
-            item = self._source.pull()
+            item = self._pull()
         except BaseException as error:
             self._fail_source(error)
             return None
         if item is _END:
             self._end()
             return None
-        self._use_turn()
-        return self._number(item)
+        self._turn -= 1
+        if self._turn == _HALF_TURN:
+            self._loop.call_soon(self._begin_turn)
+        self._pulled = (index := self._pulled) + 1
+        self._room -= 1
+        return index, item
 
     def _number(self, item: object) -> _Job:
         index = self._pulled
@@ -279,7 +285,7 @@ class FanOut:
     def _use_turn(self) -> None:
         self._turn -= 1
         # at half time, so that items which do suspend never have to wait for the next turn
-        if self._turn == _ITEMS_PER_TURN // 2:
+        if self._turn == _HALF_TURN:
             self._loop.call_soon(self._begin_turn)
 
     def _begin_turn(self) -> None:
@@ -291,28 +297,23 @@ class FanOut:
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def _run_item(self, index: int, item: Any) -> None:
-        context = None
-        started = self._clock()
-        try:
-            context = self._make_context()
-            value = await self._step.run(item, context=context)
-        except asyncio.CancelledError as error:
+    def _fail(self, job: _Job, context: Any, started: float, error: BaseException) -> None:
+        if isinstance(error, asyncio.CancelledError):
             if self._stopping:
-                raise
+                raise error
+            # nobody asked for it: the handler awaited something that was cancelled, or cancelled itself
             failure: Exception = StageExecutionError(cancelled_in(error, self._step.name), error)
-        except Exception as error:
+            failure.__cause__ = error
+        elif isinstance(error, Exception):
             failure = error
-        except BaseException as error:
-            return self._die(error)
         else:
-            return self._settle(index, item, value, None, context, self._clock() - started)
+            return self._die(error)
         if isinstance(failure, StageExecutionError):
-            failure = failure.of_item(index, item)
-        return self._settle(index, item, None, failure, context, self._clock() - started)
+            failure = failure.of_item(*job)
+        return self._settle(job, context, started, None, failure)
 
     def _settle(
-        self, index: int, item: Any, value: Any, error: Exception | None, context: Any, duration: float
+        self, job: _Job, context: Any, started: float, value: Any, error: Exception | None = None
     ) -> None:
         raise NotImplementedError
 
@@ -359,6 +360,8 @@ class FanOut:
 class Batch(FanOut):
     """One ``map``: all results in a list."""
 
+    _is_timed = False
+
     def __init__(self, *args: Any, return_exceptions: bool) -> None:
         super().__init__(*args)
         self._return_exceptions = return_exceptions
@@ -380,6 +383,7 @@ class Batch(FanOut):
             raise self._error
         if self._failures:
             raise BatchError(self._failures, self._finished_results())
+        del self._results[self._pulled :]
         return self._results
 
     def _finished_results(self) -> dict[int, Any]:
@@ -390,27 +394,18 @@ class Batch(FanOut):
         self._stop()
 
     def _settle(
-        self, index: int, item: Any, value: Any, error: Exception | None, context: Any, duration: float
+        self, job: _Job, context: Any, started: float, value: Any, error: Exception | None = None
     ) -> None:
+        index = job[0]
         if error is not None:
             if not self._return_exceptions:
                 self._failures[index] = error
                 return self._stop()
             value = error
-        results = self._results
-        if index >= len(results):
-            results.extend([_UNSET] * (index - len(results) + 1))
-        results[index] = value
+        if index >= len(self._results):
+            self._results.extend([_UNSET] * (index - len(self._results) + _GROWTH))
+        self._results[index] = value
         return None
-
-
-class _Record(NamedTuple):
-    index: int
-    item: Any
-    value: Any
-    error: Exception | None
-    context: Any
-    duration: float
 
 
 class Stream(FanOut, Generic[Out]):
@@ -480,11 +475,12 @@ class Stream(FanOut, Generic[Out]):
 
     async def __anext__(self) -> Out:
         record = self._pop() or await self._wait_for_record()
-        if record.error is not None:
+        _, _, value, error, _, _ = record
+        if error is not None:
             self._stop()
             self._ready.clear()
-            raise record.error
-        return cast(Out, record.value)
+            raise error
+        return cast(Out, value)
 
     def outcomes(self) -> "OutcomeIterator[Out]":
         """Iterate over an :class:`~async_pipeline.Outcome` for each item; a failed one does not end it."""
@@ -500,11 +496,15 @@ class Stream(FanOut, Generic[Out]):
         if record is not None:
             self._head += 1
             self._room += 1
-            if self._source is None:
-                self._wake_pump()
-            else:
-                self._wake_one()
+            if self._idle:
+                self._use_room()
         return record
+
+    def _use_room(self) -> None:
+        if self._pull is None:
+            self._wake_pump()
+        else:
+            self._wake_one()
 
     async def _wait_for_record(self) -> _Record:
         if self._waiter is not None:
@@ -523,12 +523,13 @@ class Stream(FanOut, Generic[Out]):
         return self._stopping or (self._ended and self._head == self._pulled)
 
     def _settle(
-        self, index: int, item: Any, value: Any, error: Exception | None, context: Any, duration: float
+        self, job: _Job, context: Any, started: float, value: Any, error: Exception | None = None
     ) -> None:
+        index, item = job
         key = index if self._ordered else self._settled
         self._settled += 1
-        self._ready[key] = _Record(index, item, value, error, context, duration)
-        if key == self._head:
+        self._ready[key] = index, item, value, error, context, self._clock() - started
+        if key == self._head and self._waiter is not None:
             self._wake_consumer()
 
     def _end(self) -> None:

@@ -16,19 +16,28 @@ __all__ = ["Pipeline"]
 _Call = Callable[[Any, Any], Any]
 
 
-class _Link(NamedTuple):
-    """One step of a pipeline, with everything about it decided that can be before a run.
+class _Stop(NamedTuple):
+    """What a pipeline knows of one of its steps, apart from how to call it.
 
-    A direct link is a plain handler, called without anything around it; what it raises is wrapped by the
-    pipeline. Any other is an async ``(value, context)`` callable whose errors leave as they are.
+    A direct step is a plain handler, called without anything around it, so the pipeline wraps what it
+    raises. The errors of every other step leave as they are.
     """
 
     name: str
-    call: Callable[..., Any]
-    wants_context: bool
-    is_async: bool
     is_direct: bool
     is_nested: bool
+
+    def failure(self, error: BaseException) -> BaseException:
+        """Return what leaves the pipeline for what a step raised: the same, or a StageExecutionError."""
+        if isinstance(error, asyncio.CancelledError):
+            mark_cancelled(error, self.name, nested=self.is_nested)
+        elif self.is_direct and isinstance(error, Exception):
+            return StageExecutionError(self.name, error)
+        return error
+
+
+# its name, how to call it, whether with the context, whether to await it unseen, and the rest
+_Link = tuple[str, Callable[..., Any], bool, bool, _Stop]
 
 
 # most results are of these types: a lookup here is faster than asking the type for __await__
@@ -121,55 +130,56 @@ class Pipeline(Generic[In, Out, ContextT]):
             return cast(Out, await self._run_hooked(initial_value, shared))
         value: Any = initial_value
         try:
-            for name, call, wants_context, is_async, is_direct, is_nested in self._links:  # noqa: B007
+            for _, call, wants_context, is_async, link in self._links:
                 result = call(value, shared) if wants_context else call(value)
                 if is_async or (type(result) not in _NEVER_AWAITABLE and is_awaitable(result)):
                     value = await result
                 else:
                     value = result
-        except Exception as error:
-            if is_direct:
-                raise StageExecutionError(name, error) from error
-            raise
-        except asyncio.CancelledError as error:
-            mark_cancelled(error, name, nested=is_nested)
-            raise
+        except BaseException as error:
+            failure = link.failure(error)
+            if failure is error:
+                raise
+            raise failure from error
         return cast(Out, value)
 
     async def _run_hooked(self, value: Any, context: Any) -> Any:
+        # the hooks are called here and not by a coroutine of their own: that took three times as long
         before, after = self._before, self._after
-        for link in self._links:
+        before_wants, after_wants = before and before.wants_context, after and after.wants_context
+        for name, call, wants_context, is_async, link in self._links:
             try:
                 # inside the try: an after_stage belongs to a before_stage that was cancelled, too
-                if before is not None and (pending := before.start(context, link.name, value)) is not None:
-                    await before.finish(link.name, pending)
-                output = await self._run_link(link, value, context)
+                if before is not None:
+                    try:
+                        fired = before.call(name, value, context) if before_wants else before.call(name, value)
+                        if fired is not None and is_awaitable(fired):
+                            await fired
+                    except Exception as error:
+                        before.report(name, error)
+                output = call(value, context) if wants_context else call(value)
+                if is_async or (type(output) not in _NEVER_AWAITABLE and is_awaitable(output)):
+                    output = await output
             except BaseException as error:
+                failure = link.failure(error)
                 if after is not None:
-                    pending = after.start(context, link.name, value, None, error)
-                    if pending is not None:
-                        await after.finish(link.name, pending)
-                raise
+                    await after.fire(context, name, value, None, failure)
+                if failure is error:
+                    raise
+                raise failure from error
             if after is not None:
-                pending = after.start(context, link.name, value, output, None)
-                if pending is not None:
-                    await after.finish(link.name, pending)
+                try:
+                    fired = (
+                        after.call(name, value, output, None, context)
+                        if after_wants
+                        else after.call(name, value, output, None)
+                    )
+                    if fired is not None and is_awaitable(fired):
+                        await fired
+                except Exception as error:
+                    after.report(name, error)
             value = output
         return value
-
-    async def _run_link(self, link: _Link, value: Any, context: Any) -> Any:
-        try:
-            result = link.call(value, context) if link.wants_context else link.call(value)
-            if link.is_async or is_awaitable(result):
-                return await result
-            return result
-        except Exception as error:
-            if link.is_direct:
-                raise StageExecutionError(link.name, error) from error
-            raise
-        except asyncio.CancelledError as error:
-            mark_cancelled(error, link.name, nested=link.is_nested)
-            raise
 
     async def try_run(self, initial_value: In, *, context: ContextT | None = None) -> Outcome[Out]:
         """Run one value like :meth:`run`, and return what became of it instead of raising.
@@ -312,8 +322,8 @@ def _checked_middlewares(middlewares: Any) -> tuple[Middleware, ...]:
 def _link(step: Any, middlewares: Sequence[Middleware]) -> _Link:
     is_nested = isinstance(step, Pipeline)
     if type(step) is Stage:
-        if step.timeout is None and step.retries == 0 and not middlewares:
-            return _Link(step.name, step.handler, step._wants_context, step._is_async, True, False)
+        if step.retries == 0 and not middlewares:
+            return _direct_link(step)
         call: _Call = step._run
     elif is_nested:
         call = _nested(step)
@@ -321,7 +331,14 @@ def _link(step: Any, middlewares: Sequence[Middleware]) -> _Link:
         call = _own_run(step)
     for middleware in reversed(middlewares):
         call = _fold(middleware, step.name, call)
-    return _Link(step.name, call, True, True, False, is_nested)
+    return step.name, call, True, True, _Stop(step.name, False, is_nested)
+
+
+def _direct_link(stage: Stage[Any, Any]) -> _Link:
+    about = _Stop(stage.name, True, False)
+    if stage.timeout is None:
+        return stage.name, stage.handler, stage._wants_context, stage._is_async, about
+    return stage.name, stage._attempt, True, True, about
 
 
 def _own_run(step: Step[Any, Any]) -> _Call:

@@ -1,0 +1,43 @@
+"""Every async test runs under each of the event loops below, on a clock that jumps where there is one."""
+
+import asyncio
+import gc
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from async_pipeline.testing import VirtualClockLoop
+
+try:
+    import uvloop
+except ImportError:
+    uvloop = None  # type: ignore[assignment]
+
+
+def eager_loop() -> VirtualClockLoop:
+    loop = VirtualClockLoop()
+    loop.set_task_factory(asyncio.eager_task_factory)
+    return loop
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"virtual": VirtualClockLoop}
+    if sys.version_info >= (3, 12):
+        factories["eager"] = eager_loop
+    if uvloop is not None and item.get_closest_marker("virtual") is None:
+        factories["uvloop"] = uvloop.new_event_loop
+    return factories
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def no_leaks(request: pytest.FixtureRequest) -> AsyncIterator[None]:
+    """Fail a test that leaves a task behind; a coroutine left unawaited is a warning, and so an error."""
+    yield
+    left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    assert not left, f"the test left tasks behind: {left}"
+    gc.collect()
