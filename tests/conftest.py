@@ -2,9 +2,9 @@
 
 import asyncio
 import gc
+import inspect
 import sys
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -34,9 +34,15 @@ def pytest_asyncio_loop_factories(
     return factories
 
 
-@pytest_asyncio.fixture(autouse=True)
-async def no_leaks(request: pytest.FixtureRequest) -> AsyncIterator[None]:
-    """Fail a test that leaves a task behind; a coroutine left unawaited is a warning, and so an error."""
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest) -> None:
+    """Fail an async test that leaves a task behind; a coroutine left unawaited is a warning, so an error."""
+    if inspect.iscoroutinefunction(request.function):
+        request.getfixturevalue("no_tasks_left")
+
+
+@pytest_asyncio.fixture
+async def no_tasks_left() -> AsyncIterator[None]:
     yield
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     assert not left, f"the test left tasks behind: {left}"

@@ -16,9 +16,7 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 if sys.version_info >= (3, 14):  # there, asking for a signature evaluates lazy annotations unless told not to
     from annotationlib import Format
 
-    _signature = functools.partial(
-        inspect.signature, follow_wrapped=False, annotation_format=Format.STRING
-    )
+    _signature = functools.partial(inspect.signature, follow_wrapped=False, annotation_format=Format.STRING)
 else:
     _signature = functools.partial(inspect.signature, follow_wrapped=False)
 

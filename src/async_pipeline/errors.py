@@ -119,7 +119,7 @@ class BatchError(ExceptionGroup[Exception], PipelineError):
         results: Mapping[int, Any],
         exceptions: Sequence[Exception] | None = None,
     ) -> None:
-        super().__init__(failures, results, exceptions)  # type: ignore[arg-type, call-arg]
+        super().__init__(_batch_message(failures), exceptions or list(failures.values()))
 
     def derive(self, excs: Sequence[Exception], /) -> "BatchError":  # type: ignore[override]
         return BatchError(self.failures, self.results, excs)

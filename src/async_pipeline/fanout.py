@@ -29,8 +29,8 @@ __all__ = ["Batch", "Stream"]
 
 _Job = tuple[int, Any]
 _Record = tuple[int, Any, Any, Exception | None, Any, float]  # the fields of an Outcome
-_END: Any = object()
-_LATER: Any = object()
+_END: Any = object()  # of a sync source
+_LATER = object()  # instead of a job: there is none yet
 _UNSET: Any = object()
 
 # how many items may start in one turn of the event loop: handlers that never suspend must not starve it
@@ -76,8 +76,7 @@ class FanOut:
         self._seeker: object = None  # with a semaphore, the one worker that has no permit yet
         self._pull: Callable[[], Any] | None = None  # of a sync source: the next item or _END
         self._close: Callable[[], None] | None = None
-        self._pump: asyncio.Future[None] | None = None  # what the pump waits for
-        self._pump_task: asyncio.Task[None] | None = None
+        self._pump_waiter: asyncio.Future[None] | None = None
         self._ended = False  # no further item will be pulled
         self._stopping = False  # whatever runs is cancelled
         self._error: BaseException | None = None  # of the source, or what is no Exception
@@ -92,7 +91,7 @@ class FanOut:
         self._context = copy_context()
         self._variables = tuple(self._context.items())
         if isinstance(self._items, AsyncIterable):
-            self._pump_task = self._start(self._pump_source(self._items), self._context.copy())
+            self._start(self._pump_source(self._items), self._context.copy())
         else:
             self._open(self._items)
         self._spawn()
@@ -243,32 +242,32 @@ class FanOut:
         if self._turn <= 0:
             return cast(_Job, _LATER)
         if self._handed:
-            self._use_turn()
-            return self._handed.popleft()
-        if self._ended:
+            job = self._handed.popleft()
+        elif self._ended:
             return None
-        if self._room <= 0 or self._pull is None:
+        elif self._room <= 0 or self._pull is None:
             return cast(_Job, _LATER)
-        try:
-            item = self._pull()
-        except BaseException as error:
-            self._fail_source(error)
-            return None
-        if item is _END:
-            self._end()
-            return None
+        else:
+            try:
+                item = self._pull()
+            except BaseException as error:
+                self._fail_source(error)
+                return None
+            if item is _END:
+                self._end()
+                return None
+            job = self._number(item)
         self._turn -= 1
+        # at half time, so that items which do suspend never have to wait for the next turn
         if self._turn == _HALF_TURN:
             self._loop.call_soon(self._begin_turn)
-        self._pulled = (index := self._pulled) + 1
-        self._room -= 1
-        return index, item
+        return job
 
     def _number(self, item: object) -> _Job:
-        index = self._pulled
+        job = self._pulled, item
         self._pulled += 1
         self._room -= 1
-        return index, item
+        return job
 
     async def _wait(self) -> None:
         if self._turn <= 0:
@@ -281,12 +280,6 @@ class FanOut:
         finally:
             if waiter.cancelled() and waiter in self._idle:
                 self._idle.remove(waiter)
-
-    def _use_turn(self) -> None:
-        self._turn -= 1
-        # at half time, so that items which do suspend never have to wait for the next turn
-        if self._turn == _HALF_TURN:
-            self._loop.call_soon(self._begin_turn)
 
     def _begin_turn(self) -> None:
         self._turn = _ITEMS_PER_TURN
@@ -340,13 +333,13 @@ class FanOut:
         while not self._stopping:
             if self._idle and self._room > 0:
                 return True
-            self._pump = self._loop.create_future()
-            await self._pump
+            self._pump_waiter = self._loop.create_future()
+            await self._pump_waiter
         return False
 
     def _wake_pump(self) -> None:
-        if self._pump is not None and not self._pump.done():
-            self._pump.set_result(None)
+        if self._pump_waiter is not None and not self._pump_waiter.done():
+            self._pump_waiter.set_result(None)
 
     async def _aclose(self, iterator: AsyncIterator[Any] | None) -> None:
         aclose = getattr(iterator, "aclose", None)
@@ -445,7 +438,7 @@ class Stream(FanOut, Generic[Out]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._state = "closed"
-        self._stop()
+        self._finish()
         # without the body's error, which the TaskGroup would wrap; it leaves as it is
         try:
             await self._group.__aexit__(None, None, None)
@@ -465,20 +458,32 @@ class Stream(FanOut, Generic[Out]):
     def _fail_closing(self, error: BaseException) -> None:
         self._closing_error = error
 
+    def _finish(self) -> None:
+        """Yield nothing more, and cancel whatever runs."""
+        self._stop()
+        self._ready.clear()
+        self._head = -1
+
+    def _die(self, error: BaseException) -> None:
+        super()._die(error)
+        self._finish()
+
     def __aiter__(self) -> AsyncIterator[Out]:
-        if self._state == "not entered":
-            raise RuntimeError(
-                "a stream has to be entered first: async with pipeline.stream(items) as results: "
-                "async for value in results: ..."
-            )
+        self._check_open()
         return self
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            raise RuntimeError(
+                f"the stream is {self._state}; iterate inside its block: "
+                "async with pipeline.stream(items) as results: async for value in results: ..."
+            )
 
     async def __anext__(self) -> Out:
         record = self._pop() or await self._wait_for_record()
         _, _, value, error, _, _ = record
         if error is not None:
-            self._stop()
-            self._ready.clear()
+            self._finish()
             raise error
         return cast(Out, value)
 
@@ -507,6 +512,7 @@ class Stream(FanOut, Generic[Out]):
             self._wake_one()
 
     async def _wait_for_record(self) -> _Record:
+        self._check_open()
         if self._waiter is not None:
             raise RuntimeError("another task is already waiting for this stream's next result")
         while (record := self._pop()) is None:
@@ -541,7 +547,8 @@ class Stream(FanOut, Generic[Out]):
             self._waiter.set_result(None)
 
     def __repr__(self) -> str:
-        return f"<Stream {self._state}, {self._pulled} pulled, {self._settled} finished, {self._head} taken>"
+        counts = f"{self._pulled} pulled, {self.in_flight} in flight, {len(self._ready)} ready"
+        return f"<Stream {self._state}: {counts}>"
 
 
 class OutcomeIterator(Generic[Out]):
@@ -551,7 +558,7 @@ class OutcomeIterator(Generic[Out]):
         self._stream = stream
 
     def __aiter__(self) -> "OutcomeIterator[Out]":
-        aiter(self._stream)  # raises unless the stream was entered
+        self._stream._check_open()
         return self
 
     async def __anext__(self) -> Outcome[Out]:
@@ -564,8 +571,8 @@ def _check_items(items: object) -> None:
     if isinstance(items, (AsyncIterable, Iterable)):
         return
     if asyncio.iscoroutine(items):
-        items.close()
-        raise TypeError(f"items must be an iterable, not the coroutine {items.__name__}: await it first")
+        items.close()  # or Python would also warn that it was never awaited
+        raise TypeError(f"items must be an iterable, not {items!r}: await it first")
     raise TypeError(f"items must be an iterable or an async iterable, not {type(items).__name__}")
 
 

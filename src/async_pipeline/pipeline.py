@@ -1,7 +1,7 @@
 """A pipeline: steps in a row, one context per run."""
 
 import asyncio
-from collections.abc import AsyncIterable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, cast, overload
 
 from .errors import StageExecutionError, mark_cancelled
@@ -96,7 +96,9 @@ class Pipeline(Generic[In, Out, ContextT]):
         self.stages = _as_steps(stages)
         self._before = None if before_stage is None else Hook("before_stage(stage_name, value)", before_stage)
         self._after = (
-            None if after_stage is None else Hook("after_stage(stage_name, value, output, error)", after_stage)
+            None
+            if after_stage is None
+            else Hook("after_stage(stage_name, value, output, error)", after_stage)
         )
         folds = _checked_middlewares(middlewares)
         self._links = tuple(_link(step, folds) for step in self.stages)
@@ -130,7 +132,7 @@ class Pipeline(Generic[In, Out, ContextT]):
             return cast(Out, await self._run_hooked(initial_value, shared))
         value: Any = initial_value
         try:
-            for _, call, wants_context, is_async, link in self._links:
+            for _, call, wants_context, is_async, link in self._links:  # noqa: B007 - used below
                 result = call(value, shared) if wants_context else call(value)
                 if is_async or (type(result) not in _NEVER_AWAITABLE and is_awaitable(result)):
                     value = await result
@@ -152,7 +154,9 @@ class Pipeline(Generic[In, Out, ContextT]):
                 # inside the try: an after_stage belongs to a before_stage that was cancelled, too
                 if before is not None:
                     try:
-                        fired = before.call(name, value, context) if before_wants else before.call(name, value)
+                        fired = (
+                            before.call(name, value, context) if before_wants else before.call(name, value)
+                        )
                         if fired is not None and is_awaitable(fired):
                             await fired
                     except Exception as error:
@@ -301,7 +305,7 @@ def _as_step(step: Any) -> Step[Any, Any]:
     is_step = hasattr(step, "name") and callable(getattr(step, "run", None))
     if is_step and not isinstance(step, type):
         return cast("Step[Any, Any]", step)
-    if callable(step):
+    if callable(step) or isinstance(step, Coroutine):  # a Stage explains why a coroutine won't do
         return Stage(callable_name(step), step)
     raise TypeError(
         f"stages must hold stages, pipelines, callables, or objects with name and run, not {step!r}"

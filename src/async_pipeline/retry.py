@@ -39,7 +39,8 @@ class RetryPolicy:
     Args:
         retries: attempts after the first one; 0 for none.
         delay: seconds before a retry; 0 retries at once.
-        backoff: ``"fixed"``: each delay is ``delay``; ``"exponential"``: the n-th is ``delay * 2 ** (n - 1)``.
+        backoff: ``"fixed"``: each delay is ``delay``; ``"exponential"``: the n-th is
+            ``delay * 2 ** (n - 1)``.
     """
 
     retries: int = 0
@@ -65,10 +66,10 @@ def check_backoff(backoff: object) -> None:
 def check_seconds(parameter: str, value: Any, *, zero: bool) -> None:
     """Raise unless ``value`` is a finite number of seconds, greater than 0, or 0 where ``zero`` allows it."""
     bound = "greater than or equal to 0" if zero else "greater than 0"
-    if not isinstance(value, Real):
-        raise TypeError(f"{parameter} must be a number of seconds, not {_kind(value)}")
     if isinstance(value, bool):
         raise ValueError(f"{parameter} must be a number of seconds, not {value}")
+    if not isinstance(value, Real):
+        raise TypeError(f"{parameter} must be a number of seconds, not {_kind(value)}")
     if value < 0 or (value == 0 and not zero):
         raise ValueError(f"{parameter} must be {bound}")
     if not value <= sys.float_info.max:  # infinite, not a number, or too long an int

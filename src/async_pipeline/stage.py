@@ -3,15 +3,12 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Any, Generic, TypedDict, cast, overload
+from typing import Any, Generic, Self, TypedDict, Unpack, cast, overload
 
 from .context import wants_context
 from .errors import StageExecutionError, StageTimeoutError
 from .retry import BackoffMode, RetryPolicy, check_backoff, check_count, check_seconds
 from .types import Handler, In, Out, is_awaitable
-
-if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
 
 __all__ = ["BackoffMode", "Stage", "StageOptions", "staged"]
 
@@ -69,7 +66,7 @@ class Stage(Generic[In, Out]):
     )
 
     name: str
-    handler: Handler
+    handler: Callable[..., Any]
     timeout: float | None
     retries: int
     retry_delay: float
@@ -79,19 +76,17 @@ class Stage(Generic[In, Out]):
     # the awaitable forms come first: an async handler is a Callable[[In], Coroutine[...]] as well
     @overload
     def __init__(
-        self, name: str, handler: Callable[[In], Awaitable[Out]], **options: "Unpack[StageOptions]"
+        self, name: str, handler: Callable[[In], Awaitable[Out]], **options: Unpack[StageOptions]
     ) -> None: ...
     @overload
     def __init__(
-        self, name: str, handler: Callable[[In, Any], Awaitable[Out]], **options: "Unpack[StageOptions]"
+        self, name: str, handler: Callable[[In, Any], Awaitable[Out]], **options: Unpack[StageOptions]
     ) -> None: ...
     @overload
-    def __init__(
-        self, name: str, handler: Callable[[In], Out], **options: "Unpack[StageOptions]"
-    ) -> None: ...
+    def __init__(self, name: str, handler: Callable[[In], Out], **options: Unpack[StageOptions]) -> None: ...
     @overload
     def __init__(
-        self, name: str, handler: Callable[[In, Any], Out], **options: "Unpack[StageOptions]"
+        self, name: str, handler: Callable[[In, Any], Out], **options: Unpack[StageOptions]
     ) -> None: ...
     def __init__(
         self,
@@ -179,7 +174,7 @@ class Stage(Generic[In, Out]):
                 raise StageTimeoutError(self.timeout) from error
             raise
 
-    def replace(self, **options: Any) -> "Self":
+    def replace(self, **options: Any) -> Self:
         """Return a stage like this one with other options, ``name`` or ``handler``.
 
         >>> quick = fetch.replace(retry_delay=0)  # in tests
@@ -187,7 +182,8 @@ class Stage(Generic[In, Out]):
         A subclass whose constructor takes other arguments overrides this.
         """
         own = {option: getattr(self, option) for option in ("name", "handler", *StageOptions.__annotations__)}
-        return type(self)(**own | options)
+        constructor: Any = type(self)
+        return cast(Self, constructor(**own | options))
 
     def __repr__(self) -> str:
         options = "".join(
@@ -198,7 +194,7 @@ class Stage(Generic[In, Out]):
         return f"{type(self).__name__}({getattr(self, 'name', None)!r}{options})"
 
 
-_DEFAULTS = {option: Stage.__init__.__kwdefaults__[option] for option in StageOptions.__annotations__}
+_DEFAULTS: dict[str, Any] = Stage.__init__.__kwdefaults__ or {}
 
 
 def _check_name(name: object) -> None:
@@ -211,7 +207,7 @@ def _check_handler(name: str, handler: object) -> None:
         handler.close()  # or Python would also warn that it was never awaited
         raise TypeError(
             f"handler must be a callable, not the coroutine object that calling it gave: "
-            f"write Stage({name!r}, {handler.__name__}), without ()"
+            f"write Stage({name!r}, {callable_name(handler)}), without ()"
         )
     if not callable(handler):
         raise TypeError(f"handler must be a callable (value) or (value, context), not {handler!r}")
@@ -237,7 +233,7 @@ def staged(handler: Callable[[In], Out], /) -> Stage[In, Out]: ...
 @overload
 def staged(handler: Callable[[In, Any], Out], /) -> Stage[In, Out]: ...
 @overload
-def staged(*, name: str | None = None, **options: "Unpack[StageOptions]") -> "_Staged": ...
+def staged(*, name: str | None = None, **options: Unpack[StageOptions]) -> "_Staged": ...
 def staged(handler: Any = None, /, *, name: str | None = None, **options: Any) -> Any:
     """Make a function a :class:`Stage` of the same name; with or without options.
 

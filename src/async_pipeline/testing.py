@@ -47,10 +47,10 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._now
 
-    def run_in_executor(
+    def run_in_executor(  # type: ignore[override]  # its stub is generic in a way that differs by version
         self, executor: Executor | None, func: Callable[..., Any], *args: Any
     ) -> asyncio.Future[Any]:
-        call: asyncio.Future[Any] = super().run_in_executor(executor, func, *args)  # type: ignore[assignment]
+        call: asyncio.Future[Any] = super().run_in_executor(executor, func, *args)
         self._pending_calls += 1
         call.add_done_callback(self._call_done)
         return call

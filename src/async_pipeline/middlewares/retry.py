@@ -24,9 +24,7 @@ class RetryMiddleware:
         TypeError, ValueError: at construction, for a wrong argument.
     """
 
-    def __init__(
-        self, retries: int = 3, delay: float = 0.0, backoff: BackoffMode | str = "fixed"
-    ) -> None:
+    def __init__(self, retries: int = 3, delay: float = 0.0, backoff: BackoffMode | str = "fixed") -> None:
         check_count("retries", retries, least=0, message="retries must be greater than or equal to 0")
         check_seconds("delay", delay, zero=True)
         check_backoff(backoff)

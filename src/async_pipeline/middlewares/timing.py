@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, cast
 
 from ..context import get_entry, set_entry
 
@@ -37,7 +37,7 @@ class TimingMiddleware:
         if not isinstance(timings, MutableMapping):
             timings = {}
             set_entry(context, self._key, timings)
-        durations = timings.get(stage_name)
+        durations: Any = timings.get(stage_name)
         if not isinstance(durations, list):
             durations = timings[stage_name] = []
-        return durations
+        return cast("list[float]", durations)
