@@ -73,7 +73,7 @@ class FanOut:
         self._idle: deque[asyncio.Future[None]] = deque()  # workers that wait for an item or for room
         self._tasks: set[asyncio.Task[None]] = set()
         self._workers = 0
-        self._seeker: object = None  # with a semaphore, the one worker that has no permit yet
+        self._permits: set[asyncio.Task[None] | None] = set()  # the workers that hold the semaphore
         self._pull: Callable[[], Any] | None = None  # of a sync source: the next item or _END
         self._close: Callable[[], None] | None = None
         self._pump_waiter: asyncio.Future[None] | None = None
@@ -156,8 +156,6 @@ class FanOut:
 
     def _spawn(self) -> None:
         self._workers += 1
-        if self._semaphore is not None:
-            self._seeker = _UNSET
         # not create_task here: an eager task would run its item inside this one's, and so on, too deep
         self._loop.call_soon(self._start_worker, context=self._context)
 
@@ -176,15 +174,16 @@ class FanOut:
         return task
 
     def _left(self, task: asyncio.Task[None]) -> None:
-        if self._seeker is task:
-            self._seeker = None
-        if (self._handed or not self._ended) and self._seeker is None:
-            self._spawn()
+        self._permits.discard(task)
         self._leave()
+        is_over = self._ended and not self._handed
+        # with a semaphore one worker is without a permit: it looks for the next item and waits for one
+        if not is_over and (self._semaphore is None or self._workers == len(self._permits)):
+            self._spawn()
 
     def _leave(self) -> None:
         self._workers -= 1
-        if self._workers == 0 and not self._finished.done():
+        if self._workers == 0 and self._ended and not self._handed and not self._finished.done():
             self._finished.set_result(None)
 
     async def _work(self, context: Context) -> None:
@@ -192,14 +191,13 @@ class FanOut:
         task = cast("asyncio.Task[None]", asyncio.current_task())
         run, make_context, clock, semaphore = self._step.run, self._make_context, self._clock, self._semaphore
         is_timed, size = self._is_timed, len(self._variables)
-        if semaphore is not None:
-            self._seeker = task
         while (job := self._take()) is not None:
             if job is _LATER:
                 await self._wait()
                 continue
             if semaphore is not None:
                 await self._acquire(semaphore, job)
+                self._permits.add(task)
             if self._workers < self._limit and not self._ended:
                 self._spawn()
             own = None
