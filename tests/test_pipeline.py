@@ -1,0 +1,533 @@
+"""Pipelines: the chain, the context, hooks, middlewares, nesting, and what may be a step."""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from async_pipeline import Outcome, Pipeline, Stage, StageExecutionError, StageTimeoutError
+
+
+async def add_one(value: int) -> int:
+    await asyncio.sleep(0)
+    return value + 1
+
+
+def double(value: int) -> int:
+    return value * 2
+
+
+def fail(value: Any) -> Any:
+    raise ValueError(value)
+
+
+async def wait_for_ever(value: Any) -> None:
+    await asyncio.get_running_loop().create_future()
+
+
+async def cancelled_run(pipeline: Pipeline[Any, Any]) -> None:
+    """Start a run, let it wait, cancel it."""
+    task = asyncio.create_task(pipeline.run(1))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+class Log:
+    """Hooks and middlewares that remember what they saw."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def before(self, name: str, value: Any) -> None:
+        self.events.append(("before", name, value))
+
+    def after(self, name: str, value: Any, output: Any, error: BaseException | None) -> None:
+        self.events.append(("after", name, value, output, error))
+
+    async def before_async(self, name: str, value: Any, context: Any) -> None:
+        await asyncio.sleep(0)
+        self.events.append(("before", name, value))
+
+    async def after_async(self, name: str, value: Any, output: Any, error: Any, context: Any) -> None:
+        await asyncio.sleep(0)
+        self.events.append(("after", name, value, output, error))
+
+    def middleware(self, label: str) -> Callable[..., Any]:
+        async def middleware(next_stage: Any, stage_name: str, value: Any, context: Any) -> Any:
+            self.events.append((f"{label} in", stage_name))
+            try:
+                return await next_stage(value)
+            finally:
+                self.events.append((f"{label} out", stage_name))
+
+        return middleware
+
+
+class TestChain:
+    async def test_each_stage_receives_what_the_one_before_returned(self) -> None:
+        pipeline = Pipeline([Stage("add", add_one), double, str])
+        assert await pipeline.run(3) == "8"
+
+    async def test_a_sync_handler_may_return_an_awaitable(self) -> None:
+        def later(value: int) -> "asyncio.Future[int]":
+            future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            future.set_result(value + 1)
+            return future
+
+        for hooks in ({}, {"before_stage": lambda name, value: None}):
+            assert await Pipeline([later, later, add_one], **hooks).run(1) == 4
+
+    async def test_plain_callables_are_named_after_themselves(self) -> None:
+        class Scale:
+            def __call__(self, value: int) -> int:
+                return value
+
+        stages = [add_one, functools.partial(functools.partial(pow, 2), 3), Scale(), str.split, UUID, round]
+        names = [stage.name for stage in Pipeline(stages).stages]
+        assert names == ["add_one", "pow", "Scale", "split", "UUID", "round"]
+
+    async def test_any_object_with_a_name_and_a_run_is_a_step(self) -> None:
+        class Own:
+            name = "own"
+
+            async def run(self, value: int, *, context: Any = None) -> int:
+                context["own"] = True
+                return value + 100
+
+        context: dict[str, Any] = {}
+        assert await Pipeline([add_one, Own()]).run(1, context=context) == 102
+        assert context == {"own": True}
+
+    async def test_errors_of_an_own_step_leave_as_they_are(self) -> None:
+        class Own:
+            name = "own"
+
+            async def run(self, value: int, *, context: Any = None) -> int:
+                raise KeyError(value)
+
+        for hooks in ({}, {"before_stage": lambda name, value: None}):
+            with pytest.raises(KeyError):
+                await Pipeline([Own()], **hooks).run(1)
+
+    async def test_a_subclass_of_stage_goes_through_its_own_run(self) -> None:
+        class Twice(Stage[int, int]):
+            async def run(self, value: int, *, context: Any = None) -> int:
+                return await super().run(await super().run(value, context=context), context=context)
+
+        assert await Pipeline([Twice("twice", add_one)]).run(1) == 3
+        assert await Pipeline([Twice("twice", add_one)]).map([1, 2]) == [3, 4]
+
+    async def test_the_same_stage_may_stand_twice(self) -> None:
+        stage = Stage("add", add_one)
+        assert await Pipeline([stage, stage, stage]).run(0) == 3
+
+
+class TestFailure:
+    @pytest.mark.parametrize("options", [{}, {"timeout": 5}, {"retries": 2}], ids=["plain", "timeout", "retries"])
+    @pytest.mark.parametrize("hooked", [False, True])
+    @pytest.mark.parametrize("wrapped", [False, True])
+    async def test_a_failed_stage_is_named_and_wrapped_once(
+        self, options: dict[str, Any], hooked: bool, wrapped: bool
+    ) -> None:
+        log = Log()
+        pipeline: Pipeline[Any, Any] = Pipeline(
+            [add_one, Stage("broken", fail, **options)],
+            after_stage=log.after if hooked else None,
+            middlewares=[log.middleware("m")] if wrapped else None,
+        )
+        with pytest.raises(StageExecutionError) as caught:
+            await pipeline.run(1)
+        error = caught.value
+        assert str(error) == "Stage 'broken' failed: ValueError(2)"
+        assert error.__cause__ is error.original_error
+        assert isinstance(error.original_error, ValueError)
+        assert error.attempts == options.get("retries", 0) + 1
+        assert (error.item_index, error.item) == (None, None)
+        if hooked:
+            assert log.events[-1] == ("after", "broken", 2, None, error)
+
+    @pytest.mark.parametrize("hooked", [False, True])
+    async def test_a_nested_stage_is_named_by_its_path_and_wrapped_once(self, hooked: bool) -> None:
+        hooks: dict[str, Any] = {"before_stage": lambda name, value: None} if hooked else {}
+        deepest = Pipeline([add_one, Stage("broken", fail)], name="c", **hooks)
+        outer = Pipeline([Pipeline([Pipeline([deepest], name="b", **hooks)], name="a")], name="outermost")
+        with pytest.raises(StageExecutionError) as caught:
+            await outer.run(1)
+        assert caught.value.stage_name == "a/b/c/broken"
+        assert isinstance(caught.value.original_error, ValueError)
+        assert caught.value.__cause__ is caught.value.original_error
+
+    async def test_a_pipeline_run_inside_a_handler_is_that_handlers_error(self) -> None:
+        inner = Pipeline([Stage("broken", fail)], name="inner")
+
+        async def call_inner(value: int) -> Any:
+            return await inner.run(value)
+
+        with pytest.raises(StageExecutionError) as caught:
+            await Pipeline([call_inner]).run(1)
+        assert caught.value.stage_name == "call_inner"
+        assert isinstance(caught.value.original_error, StageExecutionError)
+
+    async def test_in_run_a_cancellation_propagates(self) -> None:
+        async def cancelled(value: int) -> None:
+            raise asyncio.CancelledError
+
+        for hooks in ({}, {"before_stage": lambda name, value: None}):
+            with pytest.raises(asyncio.CancelledError):
+                await Pipeline([cancelled], **hooks).run(1)
+
+    @pytest.mark.virtual
+    async def test_a_stage_with_a_timeout_names_its_timeout(self) -> None:
+        pipeline: Pipeline[int, None] = Pipeline([Stage("slow", wait_for_ever, timeout=2)])
+        with pytest.raises(StageExecutionError) as caught:
+            await pipeline.run(1)
+        assert isinstance(caught.value.original_error, StageTimeoutError)
+        assert caught.value.original_error.timeout == 2
+        assert asyncio.get_running_loop().time() == 2
+
+
+class TestContext:
+    async def test_one_object_for_stages_hooks_and_middlewares(self) -> None:
+        seen: list[Any] = []
+
+        def handler(value: int, context: Any) -> int:
+            seen.append(context)
+            return value
+
+        def middleware(next_stage: Any, stage_name: str, value: Any, context: Any) -> Any:
+            seen.append(context)
+            return next_stage(value)
+
+        pipeline: Pipeline[int, int] = Pipeline(
+            [handler, Pipeline([handler])],
+            before_stage=lambda name, value, context: seen.append(context),
+            after_stage=lambda name, value, output, error, context: seen.append(context),
+            middlewares=[middleware],
+        )
+        own: dict[str, Any] = {}
+        await pipeline.run(1, context=own)
+        assert len(seen) == 8
+        assert all(context is own for context in seen)
+
+    async def test_a_new_dict_when_none_is_given(self) -> None:
+        def write(value: int, context: dict[str, int]) -> int:
+            context["value"] = value
+            return value
+
+        def read(value: int, context: dict[str, int]) -> dict[str, int]:
+            return context
+
+        pipeline: Pipeline[int, dict[str, int]] = Pipeline([write, read])
+        assert await pipeline.run(1) == {"value": 1}
+        assert await pipeline.run(2) == {"value": 2}
+
+    async def test_an_empty_context_of_the_callers_is_still_the_callers(self) -> None:
+        class Falsy(dict[str, Any]):
+            pass
+
+        own = Falsy()
+
+        def write(value: int, context: Any) -> None:
+            assert context is own
+
+        await Pipeline([write]).run(1, context=own)
+        await Pipeline([write], before_stage=lambda name, value: None).run(1, context=own)
+        assert (await Pipeline([write]).try_run(1, context=own)).context is own
+
+    async def test_any_object_will_do(self) -> None:
+        @dataclass
+        class Request:
+            user: str
+            seen: int = 0
+
+        def count(value: int, context: Request) -> str:
+            context.seen += 1
+            return f"{context.user}: {context.seen}"
+
+        pipeline: Pipeline[int, str, Request] = Pipeline([count, lambda value: value])
+        request = Request("ann")
+        assert await pipeline.run(1, context=request) == "ann: 1"
+        assert await pipeline.map([1, 2], context=request) == ["ann: 2", "ann: 2"]
+        assert request.seen == 1
+
+
+class TestHooks:
+    @pytest.mark.parametrize("is_async", [False, True])
+    async def test_they_see_each_stage_around_its_middlewares(self, is_async: bool) -> None:
+        log = Log()
+        pipeline: Pipeline[int, int] = Pipeline(
+            [add_one, double],
+            before_stage=log.before_async if is_async else log.before,
+            after_stage=log.after_async if is_async else log.after,
+            middlewares=[log.middleware("m")],
+        )
+        assert await pipeline.run(1) == 4
+        assert log.events == [
+            ("before", "add_one", 1),
+            ("m in", "add_one"),
+            ("m out", "add_one"),
+            ("after", "add_one", 1, 2, None),
+            ("before", "double", 2),
+            ("m in", "double"),
+            ("m out", "double"),
+            ("after", "double", 2, 4, None),
+        ]
+
+    async def test_only_one_of_them_will_do(self) -> None:
+        log = Log()
+        await Pipeline([double], before_stage=log.before).run(1)
+        await Pipeline([double], after_stage=log.after).run(1)
+        assert log.events == [("before", "double", 1), ("after", "double", 1, 2, None)]
+
+    @pytest.mark.parametrize("is_async", [False, True])
+    async def test_an_exception_in_a_hook_is_logged_and_the_run_goes_on(
+        self, is_async: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(*args: Any) -> None:
+            raise LookupError("hook")
+
+        async def broken_async(*args: Any) -> None:
+            raise LookupError("hook")
+
+        hook = broken_async if is_async else broken
+        pipeline: Pipeline[int, int] = Pipeline([double], before_stage=hook, after_stage=hook)
+        assert await pipeline.run(1) == 2
+        failing: Pipeline[int, int] = Pipeline([Stage("broken", fail)], after_stage=hook)
+        with pytest.raises(StageExecutionError):
+            await failing.run(1)
+        assert [(record.name, record.levelno) for record in caplog.records] == [
+            ("async_pipeline", logging.ERROR)
+        ] * 3
+        assert all(record.exc_info and record.exc_info[0] is LookupError for record in caplog.records)
+        assert "double" in caplog.records[0].getMessage()
+
+    @pytest.mark.parametrize("is_async", [False, True])
+    async def test_exactly_one_after_for_each_before_on_cancellation_too(self, is_async: bool) -> None:
+        log = Log()
+        pipeline: Pipeline[int, None] = Pipeline(
+            [wait_for_ever],
+            before_stage=log.before,
+            after_stage=log.after_async if is_async else log.after,
+        )
+        await cancelled_run(pipeline)
+        [before, after] = log.events
+        assert before == ("before", "wait_for_ever", 1)
+        assert after[:4] == ("after", "wait_for_ever", 1, None)
+        assert isinstance(after[4], asyncio.CancelledError)
+
+    async def test_a_before_that_is_cancelled_has_its_after(self) -> None:
+        log = Log()
+
+        async def before(name: str, value: Any) -> None:
+            await wait_for_ever(value)
+
+        pipeline: Pipeline[int, int] = Pipeline([double], before_stage=before, after_stage=log.after)
+        await cancelled_run(pipeline)
+        [after] = log.events
+        assert isinstance(after[4], asyncio.CancelledError)
+
+    @pytest.mark.parametrize("failing", [False, True])
+    async def test_an_after_that_is_cancelled_is_not_called_again(self, failing: bool) -> None:
+        calls = []
+
+        async def after(name: str, value: Any, output: Any, error: Any) -> None:
+            calls.append(name)
+            await wait_for_ever(value)
+
+        stage = Stage("broken", fail) if failing else Stage("double", double)
+        await cancelled_run(Pipeline([stage], after_stage=after))
+        assert calls == [stage.name]
+
+    async def test_a_hook_that_returns_something_else_is_fine(self) -> None:
+        pipeline: Pipeline[int, int] = Pipeline(
+            [double], before_stage=lambda name, value: 5, after_stage=lambda name, value, output, error: "x"
+        )
+        assert await pipeline.run(1) == 2
+
+    async def test_the_outer_hooks_see_a_nested_pipeline_as_one_stage(self) -> None:
+        log = Log()
+        inner = Pipeline([add_one, double], name="inner", before_stage=log.before)
+        outer = Pipeline([inner, double], before_stage=log.before)
+        assert await outer.run(1) == 8
+        assert [event[1] for event in log.events] == ["inner", "add_one", "double", "double"]
+
+    @pytest.mark.parametrize(
+        ("parameter", "hook"),
+        [
+            ("before_stage", lambda name: None),
+            ("before_stage", lambda a, b, c, d: None),
+            ("after_stage", lambda name, value: None),
+            ("after_stage", lambda a, b, c, d, e, f: None),
+            ("before_stage", "not callable"),
+            ("after_stage", 5),
+        ],
+    )
+    def test_a_wrong_hook_is_refused_at_construction(self, parameter: str, hook: Any) -> None:
+        with pytest.raises(TypeError, match=parameter):
+            Pipeline([double], **{parameter: hook})
+
+
+class TestMiddlewares:
+    async def test_the_first_in_the_list_is_outermost(self) -> None:
+        log = Log()
+        pipeline: Pipeline[int, int] = Pipeline(
+            [double], middlewares=[log.middleware("outer"), log.middleware("inner")]
+        )
+        assert await pipeline.run(1) == 2
+        assert [event[0] for event in log.events] == ["outer in", "inner in", "inner out", "outer out"]
+
+    async def test_it_may_change_input_and_output(self) -> None:
+        async def shift(next_stage: Any, stage_name: str, value: Any, context: Any) -> Any:
+            return await next_stage(value + 10) + 100
+
+        assert await Pipeline([double], middlewares=[shift]).run(1) == 122
+
+    async def test_a_sync_one_returns_a_value_or_an_awaitable(self) -> None:
+        def pass_on(next_stage: Any, stage_name: str, value: Any, context: Any) -> Any:
+            return next_stage(value)
+
+        def skip(next_stage: Any, stage_name: str, value: Any, context: Any) -> Any:
+            return "skipped"
+
+        assert await Pipeline([add_one], middlewares=[pass_on]).run(1) == 2
+        assert await Pipeline([add_one], middlewares=[skip]).run(1) == "skipped"
+
+    async def test_it_may_call_the_stage_again(self) -> None:
+        calls = []
+
+        def count(value: int) -> int:
+            calls.append(value)
+            return value
+
+        async def thrice(next_stage: Any, stage_name: str, value: Any, context: Any) -> Any:
+            return [await next_stage(value) for _ in range(3)]
+
+        assert await Pipeline([count], middlewares=[thrice]).run(1) == [1, 1, 1]
+
+    async def test_it_is_around_all_attempts_of_a_stage(self) -> None:
+        log = Log()
+        pipeline: Pipeline[int, int] = Pipeline(
+            [Stage("broken", fail, retries=3)], middlewares=[log.middleware("m")]
+        )
+        with pytest.raises(StageExecutionError) as caught:
+            await pipeline.run(1)
+        assert caught.value.attempts == 4
+        assert len(log.events) == 2
+
+    async def test_around_a_nested_pipeline_and_an_own_step(self) -> None:
+        class Own:
+            name = "own"
+
+            async def run(self, value: int, *, context: Any = None) -> int:
+                return value + 100
+
+        log = Log()
+        inner = Pipeline([add_one], name="inner")
+        assert await Pipeline([inner, Own()], middlewares=[log.middleware("m")]).run(1) == 102
+        assert [event[1] for event in log.events] == ["inner", "inner", "own", "own"]
+
+    @pytest.mark.parametrize("middleware", [5, "no", type("Middleware", (), {"__call__": fail})])
+    def test_a_wrong_one_is_refused_at_construction(self, middleware: Any) -> None:
+        with pytest.raises(TypeError, match="middlewares must hold"):
+            Pipeline([double], middlewares=[middleware])
+
+
+class TestTryRun:
+    @pytest.mark.virtual
+    async def test_a_value_becomes_an_outcome(self) -> None:
+        async def sleep(value: int, context: Any) -> int:
+            await asyncio.sleep(value)
+            return value
+
+        own = {"a": 1}
+        outcome = await Pipeline([sleep]).try_run(3, context=own)
+        assert outcome == Outcome(None, 3, 3, None, own, 3.0)
+        assert outcome.ok
+        assert outcome.unwrap() == 3
+
+    async def test_an_exception_becomes_an_outcome(self) -> None:
+        pipeline: Pipeline[int, int] = Pipeline([Stage("broken", fail)])
+        outcome = await pipeline.try_run(1)
+        assert not outcome.ok
+        assert isinstance(outcome.error, StageExecutionError)
+        assert outcome.value is None
+        with pytest.raises(StageExecutionError):
+            outcome.unwrap()
+
+    async def test_cancellation_and_the_like_propagate(self) -> None:
+        class Alarm(BaseException):
+            pass
+
+        async def alarm(value: Any) -> None:
+            raise value
+
+        for error in (Alarm(), asyncio.CancelledError()):
+            with pytest.raises(type(error)):
+                await Pipeline([alarm]).try_run(error)
+
+
+class TestConstruction:
+    @pytest.mark.parametrize("stages", [[], (), iter([])])
+    def test_no_stage(self, stages: Any) -> None:
+        with pytest.raises(ValueError, match="^Pipeline requires at least one stage$"):
+            Pipeline(stages)
+
+    @pytest.mark.parametrize("stages", [Stage("a", double), Pipeline([double]), "abc", 5, None, double])
+    def test_something_else_than_a_list(self, stages: Any) -> None:
+        with pytest.raises(TypeError, match=r"stages must be a list.*Pipeline\(\[fetch, parse\]\)"):
+            Pipeline(stages)
+
+    def test_something_that_is_no_step(self) -> None:
+        with pytest.raises(TypeError, match="stages must hold"):
+            Pipeline([double, 5])  # type: ignore[list-item]
+
+    def test_a_coroutine_instead_of_a_function_is_closed_and_explained(self) -> None:
+        wrong: Any = add_one(1)
+        with pytest.raises(TypeError, match=r"Stage\('add_one', add_one\), without \(\)"):
+            Pipeline([wrong])
+
+    @pytest.mark.parametrize("name", [5, None, b"x"])
+    def test_a_name_that_is_no_str(self, name: Any) -> None:
+        with pytest.raises(TypeError, match="name must be a str"):
+            Pipeline([double], name=name)
+
+    def test_it_is_immutable(self) -> None:
+        pipeline: Pipeline[int, int] = Pipeline([double])
+        for attribute in ("name", "stages"):
+            with pytest.raises(AttributeError, match="immutable"):
+                setattr(pipeline, attribute, "other")
+
+    def test_a_subclass_may_have_attributes_of_its_own(self) -> None:
+        class Labelled(Pipeline[int, int]):
+            def __init__(self, label: str) -> None:
+                super().__init__([double], name=label)
+                self.label = label
+
+        labelled = Labelled("x")
+        labelled.label = "y"
+        assert (labelled.name, labelled.label) == ("x", "y")
+
+    def test_its_repr_reads_as_its_structure(self) -> None:
+        pipeline: Pipeline[int, int] = Pipeline([Stage("a", double, timeout=2), Pipeline([double], name="in")])
+        assert repr(pipeline) == (
+            "Pipeline([Stage('a', timeout=2), Pipeline([Stage('double')], name='in')], name='pipeline')"
+        )
+
+    def test_it_subscripts_with_and_without_the_context(self) -> None:
+        assert Pipeline[int, str]([double]).name == "pipeline"  # type: ignore[arg-type]
+        assert Pipeline[int, str, dict[str, int]]([double]).name == "pipeline"  # type: ignore[arg-type]
+
+        class Own(Pipeline[int, str]):
+            pass
+
+        assert Own([double]).name == "pipeline"
+        with pytest.raises(TypeError):
+            Pipeline[int]  # type: ignore[misc]
