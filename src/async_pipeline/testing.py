@@ -71,9 +71,14 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
     def _waits_for_the_world(self) -> bool:
         return self._pending_calls > 0 or len(self._files()) > self._own_files
 
-    def _jump(self, seconds: float) -> None:
-        # far from 0, adding a little may change nothing; the loop would come back for ever
-        self._now = max(self._now + seconds, math.nextafter(self._now, math.inf))
+    def _jump(self) -> None:
+        # not by select's timeout, which the loop cuts to a day
+        self._set_time(self._scheduled[0].when())  # type: ignore[attr-defined]
+
+    def _set_time(self, now: float) -> None:
+        self._now = now
+        # the loop runs what is due before now + resolution: far from 0, that has to be more than now
+        self._clock_resolution = max(1e-9, math.ulp(now))
 
     def _deadlock(self) -> DeadlockError:
         return DeadlockError([repr(task) for task in asyncio.all_tasks(self)])
@@ -94,11 +99,11 @@ class _JumpingSelector(selectors.DefaultSelector):
             return self._wait(timeout)
         if timeout is None:
             raise self._loop._deadlock()
-        self._loop._jump(timeout)
+        self._loop._jump()
         return ready
 
     def _wait(self, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
         started = time.monotonic()
         ready = super().select(timeout)
-        self._loop._jump(time.monotonic() - started)
+        self._loop._set_time(self._loop.time() + time.monotonic() - started)
         return ready
