@@ -105,10 +105,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _RUN = """\
-Run every item of the input through a pipeline, several at a time, and write one JSON line per result.
+Run every item of the input through a pipeline, several at a time, and write one
+JSON line per result.
 
-A failed item writes no result; the others go on. Whatever the pipeline prints goes to stderr while the
-results go to stdout. On a terminal, a line on stderr shows how far the run is.
+A failed item writes no result, and the others go on. What the pipeline prints
+goes to stderr while the results go to stdout. When stderr is a terminal, a line
+there shows how far the run is.
 """
 
 _RUN_MORE = """\
@@ -124,19 +126,22 @@ examples:
 
   one URL a line, 50 at a time, the first ten results
 
-    async-pipeline run crawl:pages --lines --concurrency 50 --input urls.txt | head
+    async-pipeline run crawl:pages --lines --concurrency 50 < urls.txt | head
 
   JSON Lines in, JSON Lines out, and the failures in a file of their own
 
-    async-pipeline run crawl:pages --input in.jsonl --output out.jsonl --errors failed.jsonl
+    async-pipeline run crawl:pages --input in.jsonl --output out.jsonl \\
+        --errors failed.jsonl
 
   where a line of failed.jsonl looks like this
 
-    {"item": "http://x", "index": 3, "stage": "fetch", "message": "TimeoutError: too slow"}
+    {"item": "http://x", "index": 3, "stage": "fetch", "message": "OSError: no"}
 
 exit status:
-  0 all items succeeded, or the reader of the output went away; 1 items failed, or reading or writing did;
-  2 wrong usage; 130 Ctrl-C (what was finished is written)
+  0    every item succeeded, or the reader of the output went away
+  1    items failed, or the input or output did
+  2    wrong usage
+  130  Ctrl-C; what was finished by then is written
 """
 
 
@@ -230,7 +235,7 @@ def _import_failure(module_name: str, attribute: str, error: BaseException) -> _
             hint = f"; write {module_name.removesuffix('.py').replace('/', '.')}:{attribute}"
         return _CommandError(f"there is no module {module_name!r} here or installed{hint}")
     _say("".join(traceback.format_exception(error.with_traceback(_own_part(error)))), end="")
-    return _CommandError(f"{module_name!r} can't be imported: {_describe(error)}")
+    return _CommandError(f"{module_name!r} can't be imported: {_one_line(_describe(error), _SHOWN_MESSAGE)}")
 
 
 _MACHINERY = {"importlib", "_frozen_importlib", "_frozen_importlib_external", "async_pipeline"}
@@ -426,11 +431,16 @@ class _Writer:
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+_LINE_ENDS = ("\x85", "\u2028", "\u2029")  # allowed in JSON, but some readers take them for the end of a line
 
 
 def _json_line(value: object) -> bytes:
+    text = _ENCODER.encode(value)
+    if not text.isascii():
+        for char in _LINE_ENDS:
+            text = text.replace(char, f"\\u{ord(char):04x}")
     try:
-        return (_ENCODER.encode(value) + "\n").encode()
+        return (text + "\n").encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and UTF-8 can't
         return (json.dumps(value, allow_nan=False) + "\n").encode()
 
@@ -455,9 +465,10 @@ class _LineStep:
 
     def failure(self, outcome: Outcome[bytes]) -> dict[str, Any]:
         """Return what the errors file says of a failed item."""
-        error, stage = outcome.error, None
+        error: BaseException | None = outcome.error
+        stage = None
         if isinstance(error, StageExecutionError):
-            stage, error = error.stage_name, error.original_error  # type: ignore[assignment]
+            stage, error = error.stage_name, error.original_error
         # read again: the pipeline may have changed the item it was given
         try:
             item = self._parse(outcome.item)
@@ -494,7 +505,7 @@ class _Summary:
         if len(self._shown) < _SHOWN_FAILURES:
             where = "" if failure["stage"] is None else f"stage {failure['stage']!r}: "
             what = _one_line(where + failure["message"], _SHOWN_MESSAGE)
-            item = _one_line(line.raw[: 4 * _SHOWN_ITEM].decode(errors="backslashreplace"), _SHOWN_ITEM)
+            item = _one_line(line.escaped(), _SHOWN_ITEM)
             self._shown.append(f"  item {failure['index']}: {what} (item: {item})\n")
 
     def say(self, failed: int, done: int) -> None:
@@ -641,6 +652,7 @@ class _Run:
             await self._process()
             await self._flush()
         except _ReaderGoneError:
+            await self._flush_rest()
             self._progress.clear()
             return _OK
         except BaseException as error:
@@ -692,11 +704,11 @@ class _Run:
             self._progress.draw(self._status(self._stream.in_flight))
 
     async def _flush(self) -> None:
+        if self._errors is not None:  # first, lest a reader of the output that leaves takes them along
+            await self._errors.flush()
         if self._output.is_terminal:
             self._progress.clear()
         await self._output.flush()
-        if self._errors is not None:
-            await self._errors.flush()
 
     async def _flush_rest(self) -> None:
         # a run that is stopped keeps what it has, but a reader that stands still must not hold it

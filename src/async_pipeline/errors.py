@@ -142,7 +142,7 @@ class DeadlockError(PipelineError):
 
     def __init__(self, tasks: Sequence[str]) -> None:
         super().__init__("every task waits, and nothing is left that could wake one:\n" + "\n".join(tasks))
-        self.tasks = tuple(tasks)
+        self.tasks: tuple[str, ...] = tuple(tasks)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.tasks,)

@@ -9,7 +9,7 @@ from .types import is_awaitable
 
 __all__ = ["Hook", "logger"]
 
-logger = logging.getLogger("async_pipeline")
+logger: logging.Logger = logging.getLogger("async_pipeline")
 
 
 class Hook:
@@ -20,6 +20,9 @@ class Hook:
     """
 
     __slots__ = ("call", "wants_context")
+
+    call: Callable[..., Any]
+    wants_context: bool
 
     def __init__(self, shape: str, function: Callable[..., Any]) -> None:
         parameter = shape.partition("(")[0]

@@ -9,7 +9,7 @@ from .events import Hook
 from .fanout import Batch, Stream
 from .outcome import Outcome
 from .stage import Stage, callable_name
-from .types import AfterStageHook, BeforeStageHook, ContextT, In, Middleware, Out, Step, is_awaitable
+from .types import AfterStageHook, BeforeStageHook, ContextT, First, Last, Middleware, Step, is_awaitable
 
 __all__ = ["Pipeline"]
 
@@ -44,7 +44,7 @@ _Link = tuple[str, Callable[..., Any], bool, bool, _Stop]
 _NEVER_AWAITABLE = frozenset({bool, bytes, dict, float, int, list, set, str, tuple, type(None)})
 
 
-class Pipeline(Generic[In, Out, ContextT]):
+class Pipeline(Generic[First, Last, ContextT]):
     """Steps in a row, each receiving what the one before returned.
 
     >>> pipeline = Pipeline([fetch, parse, save], name="pages")
@@ -116,7 +116,7 @@ class Pipeline(Generic[In, Out, ContextT]):
             raise AttributeError(f"a Pipeline is immutable; build another one for another {attribute!r}")
         super().__setattr__(attribute, value)
 
-    async def run(self, initial_value: In, *, context: ContextT | None = None) -> Out:
+    async def run(self, initial_value: First, *, context: ContextT | None = None) -> Last:
         """Run one value through all stages and return the last one's output.
 
         Args:
@@ -129,7 +129,7 @@ class Pipeline(Generic[In, Out, ContextT]):
         """
         shared: Any = {} if context is None else context
         if self._before is not None or self._after is not None:
-            return cast(Out, await self._run_hooked(initial_value, shared))
+            return cast(Last, await self._run_hooked(initial_value, shared))
         value: Any = initial_value
         try:
             for _, call, wants_context, is_async, link in self._links:  # noqa: B007 - used below
@@ -143,7 +143,7 @@ class Pipeline(Generic[In, Out, ContextT]):
             if failure is error:
                 raise
             raise failure from error
-        return cast(Out, value)
+        return cast(Last, value)
 
     async def _run_hooked(self, value: Any, context: Any) -> Any:
         # the hooks are called here and not by a coroutine of their own: that took three times as long
@@ -185,7 +185,7 @@ class Pipeline(Generic[In, Out, ContextT]):
             value = output
         return value
 
-    async def try_run(self, initial_value: In, *, context: ContextT | None = None) -> Outcome[Out]:
+    async def try_run(self, initial_value: First, *, context: ContextT | None = None) -> Outcome[Last]:
         """Run one value like :meth:`run`, and return what became of it instead of raising.
 
         Returns:
@@ -205,29 +205,29 @@ class Pipeline(Generic[In, Out, ContextT]):
     @overload
     async def map(
         self,
-        items: Iterable[In] | AsyncIterable[In],
+        items: Iterable[First] | AsyncIterable[First],
         concurrency: int | asyncio.Semaphore = 5,
         *,
         context: ContextT | None = None,
         return_exceptions: Literal[False] = False,
-    ) -> list[Out]: ...
+    ) -> list[Last]: ...
     @overload
     async def map(
         self,
-        items: Iterable[In] | AsyncIterable[In],
+        items: Iterable[First] | AsyncIterable[First],
         concurrency: int | asyncio.Semaphore = 5,
         *,
         context: ContextT | None = None,
         return_exceptions: bool,
-    ) -> list[Out | Exception]: ...
+    ) -> list[Last | Exception]: ...
     async def map(
         self,
-        items: Iterable[In] | AsyncIterable[In],
+        items: Iterable[First] | AsyncIterable[First],
         concurrency: int | asyncio.Semaphore = 5,
         *,
         context: ContextT | None = None,
         return_exceptions: bool = False,
-    ) -> list[Out] | list[Out | Exception]:
+    ) -> list[Last] | list[Last | Exception]:
         """Run every item through the pipeline, side by side, and return the results in input order.
 
         Items are pulled as they are needed, never further ahead than ``concurrency``. Each sees its own
@@ -251,17 +251,17 @@ class Pipeline(Generic[In, Out, ContextT]):
             Exception: an error of the source is raised as itself, and cancels the rest.
         """
         batch = Batch(self, items, concurrency, context, return_exceptions=return_exceptions)
-        return cast("list[Out]", await batch.run())
+        return cast("list[Last]", await batch.run())
 
     def stream(
         self,
-        items: Iterable[In] | AsyncIterable[In],
+        items: Iterable[First] | AsyncIterable[First],
         concurrency: int | asyncio.Semaphore = 5,
         *,
         ordered: bool = True,
         buffer: int | None = None,
         context: ContextT | None = None,
-    ) -> Stream[Out]:
+    ) -> Stream[Last]:
         """Run items through the pipeline like :meth:`map`, and yield the results while others still run.
 
         >>> async with pipeline.stream(urls, concurrency=20) as results:
@@ -306,7 +306,7 @@ def _as_step(step: Any) -> Step[Any, Any]:
     if is_step and not isinstance(step, type):
         return cast("Step[Any, Any]", step)
     if callable(step) or isinstance(step, Coroutine):  # a Stage explains why a coroutine won't do
-        return Stage(callable_name(step), step)
+        return Stage(callable_name(step), cast(Any, step))
     raise TypeError(
         f"stages must hold stages, pipelines, callables, or objects with name and run, not {step!r}"
     )

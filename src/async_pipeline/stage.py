@@ -13,6 +13,12 @@ from .types import Handler, In, Out, is_awaitable
 __all__ = ["BackoffMode", "Stage", "StageOptions", "staged"]
 
 
+# The async form is tried first; an async handler fits the other one too, with the same Out. If it were
+# another one there, mypy would call every handler with an Any in its signature a Stage[Any, Any].
+_Async = Callable[[In], Awaitable[Out]] | Callable[[In, Any], Awaitable[Out]]
+_Sync = Callable[[In], Awaitable[Out] | Out] | Callable[[In, Any], Awaitable[Out] | Out]
+
+
 class StageOptions(TypedDict, total=False):
     """The keyword arguments of a :class:`Stage`."""
 
@@ -73,21 +79,10 @@ class Stage(Generic[In, Out]):
     backoff: BackoffMode | str
     pass_context: bool | None
 
-    # the awaitable forms come first: an async handler is a Callable[[In], Coroutine[...]] as well
     @overload
-    def __init__(
-        self, name: str, handler: Callable[[In], Awaitable[Out]], **options: Unpack[StageOptions]
-    ) -> None: ...
+    def __init__(self, name: str, handler: _Async[In, Out], **options: Unpack[StageOptions]) -> None: ...
     @overload
-    def __init__(
-        self, name: str, handler: Callable[[In, Any], Awaitable[Out]], **options: Unpack[StageOptions]
-    ) -> None: ...
-    @overload
-    def __init__(self, name: str, handler: Callable[[In], Out], **options: Unpack[StageOptions]) -> None: ...
-    @overload
-    def __init__(
-        self, name: str, handler: Callable[[In, Any], Out], **options: Unpack[StageOptions]
-    ) -> None: ...
+    def __init__(self, name: str, handler: _Sync[In, Out], **options: Unpack[StageOptions]) -> None: ...
     def __init__(
         self,
         name: str,
@@ -225,13 +220,9 @@ def _decide_context(handler: Handler, pass_context: bool | None) -> bool:
 
 
 @overload
-def staged(handler: Callable[[In], Awaitable[Out]], /) -> Stage[In, Out]: ...
+def staged(handler: _Async[In, Out], /) -> Stage[In, Out]: ...
 @overload
-def staged(handler: Callable[[In, Any], Awaitable[Out]], /) -> Stage[In, Out]: ...
-@overload
-def staged(handler: Callable[[In], Out], /) -> Stage[In, Out]: ...
-@overload
-def staged(handler: Callable[[In, Any], Out], /) -> Stage[In, Out]: ...
+def staged(handler: _Sync[In, Out], /) -> Stage[In, Out]: ...
 @overload
 def staged(*, name: str | None = None, **options: Unpack[StageOptions]) -> "_Staged": ...
 def staged(handler: Any = None, /, *, name: str | None = None, **options: Any) -> Any:
@@ -261,13 +252,9 @@ class _Staged:
         self._options = options
 
     @overload
-    def __call__(self, handler: Callable[[In], Awaitable[Out]], /) -> Stage[In, Out]: ...
+    def __call__(self, handler: _Async[In, Out], /) -> Stage[In, Out]: ...
     @overload
-    def __call__(self, handler: Callable[[In, Any], Awaitable[Out]], /) -> Stage[In, Out]: ...
-    @overload
-    def __call__(self, handler: Callable[[In], Out], /) -> Stage[In, Out]: ...
-    @overload
-    def __call__(self, handler: Callable[[In, Any], Out], /) -> Stage[In, Out]: ...
+    def __call__(self, handler: _Sync[In, Out], /) -> Stage[In, Out]: ...
     def __call__(self, handler: Any, /) -> Any:
         return Stage(callable_name(handler) if self._name is None else self._name, handler, **self._options)
 

@@ -3,19 +3,21 @@
 from collections.abc import Awaitable, Callable, Coroutine
 from inspect import CO_ITERABLE_COROUTINE
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
-if TYPE_CHECKING:  # defaults of type variables: checkers know them, the oldest supported Python does not
-    from typing_extensions import TypeVar
+# of a step; without defaults, which mypy would take for an answer where a handler's form does not fit
+In = TypeVar("In", contravariant=True)
+Out = TypeVar("Out", covariant=True)
 
-    In = TypeVar("In", contravariant=True, default=Any)
-    Out = TypeVar("Out", covariant=True, default=Any)
-    ContextT = TypeVar("ContextT", bound=object, default=Any)
+if TYPE_CHECKING:  # of a pipeline; checkers know defaults, the oldest supported Python does not
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    First = TypeVarWithDefault("First", contravariant=True, default=Any)
+    Last = TypeVarWithDefault("Last", covariant=True, default=Any)
+    ContextT = TypeVarWithDefault("ContextT", bound=object, default=Any)
 else:
-    from typing import TypeVar
-
-    In = TypeVar("In", contravariant=True)
-    Out = TypeVar("Out", covariant=True)
+    First = TypeVar("First", contravariant=True)
+    Last = TypeVar("Last", covariant=True)
     ContextT = TypeVar("ContextT", bound=object)
 
 __all__ = [
