@@ -17,10 +17,11 @@ except ImportError:
     uvloop = None  # type: ignore[assignment]
 
 
-def eager_loop() -> VirtualClockLoop:
-    loop = VirtualClockLoop()
-    loop.set_task_factory(asyncio.eager_task_factory)
-    return loop
+class EagerLoop(VirtualClockLoop):
+    def __init__(self) -> None:
+        super().__init__()
+        if sys.version_info >= (3, 12):
+            self.set_task_factory(asyncio.eager_task_factory)
 
 
 def pytest_asyncio_loop_factories(
@@ -28,7 +29,7 @@ def pytest_asyncio_loop_factories(
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"virtual": VirtualClockLoop}
     if sys.version_info >= (3, 12):
-        factories["eager"] = eager_loop
+        factories["eager"] = EagerLoop
     if uvloop is not None and item.get_closest_marker("virtual") is None:
         factories["uvloop"] = uvloop.new_event_loop
     return factories

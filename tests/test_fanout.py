@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from async_pipeline import BatchError, Outcome, Pipeline, Stage, StageExecutionError
+from async_pipeline import BatchError, Outcome, Pipeline, StageExecutionError
 from async_pipeline.fanout import Stream
 from tests.helpers import Meter, Source, run_virtually
 
@@ -30,7 +30,8 @@ async def collect(stream: Stream[Any]) -> list[Any]:
 
 
 async def by_map(pipeline: Pipeline[Any, Any], items: Any, *args: Any, **options: Any) -> list[Any]:
-    return await pipeline.map(items, *args, **options)
+    results: list[Any] = await pipeline.map(items, *args, **options)
+    return results
 
 
 async def by_stream(pipeline: Pipeline[Any, Any], items: Any, *args: Any, **options: Any) -> list[Any]:
@@ -55,7 +56,9 @@ class TestOrderAndBounds:
         assert await call(pipeline_of(later_items_are_faster), range(5), 5) == [0, 10, 20, 30, 40]
 
     @both
-    @pytest.mark.parametrize("items", [[], (), iter([]), range(0)], ids=["list", "tuple", "iterator", "range"])
+    @pytest.mark.parametrize(
+        "items", [[], (), iter([]), range(0)], ids=["list", "tuple", "iterator", "range"]
+    )
     async def test_no_items_give_no_results(self, call: Any, items: Any) -> None:
         assert await call(pipeline_of(suspend), items) == []
 
@@ -173,7 +176,7 @@ class TestContexts:
 
     @both
     async def test_a_context_that_cannot_be_copied_fails_the_item(self, call: Any) -> None:
-        generator = (x for x in ())
+        generator: Any = (x for x in "")
         with pytest.raises((TypeError, BatchError)) as caught:
             await call(pipeline_of(suspend), [1], context=generator)
         error = caught.value.exceptions[0] if isinstance(caught.value, BatchError) else caught.value
@@ -525,7 +528,7 @@ class TestSources:
         with pytest.raises(OSError):  # noqa: PT011
             async with pipeline_of(suspend).stream(source, 3, ordered=ordered) as results:
                 async for value in results:
-                    seen.append(value)  # noqa: PERF401
+                    seen.append(value)
         assert sorted(seen) == list(range(5))
 
     @pytest.mark.virtual
@@ -762,12 +765,12 @@ class TestMap:
                 raise ValueError(value)
             return value
 
-        results = await pipeline_of(fail_odd).map(range(6), 2, return_exceptions=True)
+        results: list[Any] = await pipeline_of(fail_odd).map(range(6), 2, return_exceptions=True)
         assert results[::2] == [0, 2, 4]
         assert [error.item_index for error in results[1::2]] == [1, 3, 5]
 
     async def test_except_star_works(self) -> None:
-        caught = []
+        caught: list[Exception] = []
         try:
             await pipeline_of(lambda value: 1 // value).map([1, 0], 1)
         except* StageExecutionError as group:
@@ -782,7 +785,7 @@ class TestMap:
         def same_error(next_stage: Any, stage_name: str, value: Any, context: Any) -> Any:
             raise error
 
-        pipeline: Pipeline[int, int] = Pipeline([suspend], middlewares=[same_error])
+        pipeline: Pipeline[str, int] = Pipeline([suspend], middlewares=[same_error])
         first, second = await pipeline.map("ab", return_exceptions=True)
         assert isinstance(first, StageExecutionError)
         assert isinstance(second, StageExecutionError)
@@ -907,7 +910,7 @@ class TestStream:
         async with pipeline_of(fail_third).stream(itertools.count(), 4) as results:
             with pytest.raises(StageExecutionError) as caught:
                 async for value in results:
-                    seen.append(value)  # noqa: PERF401
+                    seen.append(value)
             assert seen == [0, 1]
             assert (caught.value.item_index, caught.value.item) == (2, 2)
             assert [value async for value in results] == []
@@ -972,7 +975,7 @@ class TestStream:
     @pytest.mark.virtual
     async def test_one_task_at_a_time_may_wait(self) -> None:
         async with Meter().pipeline.stream(range(4), 1) as results:
-            waiting = asyncio.create_task(anext(results))  # type: ignore[arg-type]
+            waiting = asyncio.create_task(anext(results))
             await asyncio.sleep(0)
             with pytest.raises(RuntimeError, match="another task"):
                 await anext(results)
@@ -1054,7 +1057,7 @@ class TestArguments:
             return [1]
 
         coroutine: Any = fetch_all()
-        with pytest.raises(TypeError, match="fetch_all.*await it first"):
+        with pytest.raises(TypeError, match=r"fetch_all.*await it first"):
             await pipeline_of(suspend).map(coroutine)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

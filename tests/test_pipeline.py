@@ -12,6 +12,8 @@ import pytest
 
 from async_pipeline import Outcome, Pipeline, Stage, StageExecutionError, StageTimeoutError
 
+HOOKS: list[dict[str, Any]] = [{}, {"before_stage": lambda name, value: None}]
+
 
 async def add_one(value: int) -> int:
     await asyncio.sleep(0)
@@ -82,7 +84,7 @@ class TestChain:
             future.set_result(value + 1)
             return future
 
-        for hooks in ({}, {"before_stage": lambda name, value: None}):
+        for hooks in HOOKS:
             assert await Pipeline([later, later, add_one], **hooks).run(1) == 4
 
     async def test_plain_callables_are_named_after_themselves(self) -> None:
@@ -90,7 +92,14 @@ class TestChain:
             def __call__(self, value: int) -> int:
                 return value
 
-        stages = [add_one, functools.partial(functools.partial(pow, 2), 3), Scale(), str.split, UUID, round]
+        stages: list[Any] = [
+            add_one,
+            functools.partial(functools.partial(pow, 2), 3),
+            Scale(),
+            str.split,
+            UUID,
+            round,
+        ]
         names = [stage.name for stage in Pipeline(stages).stages]
         assert names == ["add_one", "pow", "Scale", "split", "UUID", "round"]
 
@@ -113,7 +122,7 @@ class TestChain:
             async def run(self, value: int, *, context: Any = None) -> int:
                 raise KeyError(value)
 
-        for hooks in ({}, {"before_stage": lambda name, value: None}):
+        for hooks in HOOKS:
             with pytest.raises(KeyError):
                 await Pipeline([Own()], **hooks).run(1)
 
@@ -131,7 +140,9 @@ class TestChain:
 
 
 class TestFailure:
-    @pytest.mark.parametrize("options", [{}, {"timeout": 5}, {"retries": 2}], ids=["plain", "timeout", "retries"])
+    @pytest.mark.parametrize(
+        "options", [{}, {"timeout": 5}, {"retries": 2}], ids=["plain", "timeout", "retries"]
+    )
     @pytest.mark.parametrize("hooked", [False, True])
     @pytest.mark.parametrize("wrapped", [False, True])
     async def test_a_failed_stage_is_named_and_wrapped_once(
@@ -180,7 +191,7 @@ class TestFailure:
         async def cancelled(value: int) -> None:
             raise asyncio.CancelledError
 
-        for hooks in ({}, {"before_stage": lambda name, value: None}):
+        for hooks in HOOKS:
             with pytest.raises(asyncio.CancelledError):
                 await Pipeline([cancelled], **hooks).run(1)
 
@@ -516,18 +527,20 @@ class TestConstruction:
         assert (labelled.name, labelled.label) == ("x", "y")
 
     def test_its_repr_reads_as_its_structure(self) -> None:
-        pipeline: Pipeline[int, int] = Pipeline([Stage("a", double, timeout=2), Pipeline([double], name="in")])
+        pipeline: Pipeline[int, int] = Pipeline(
+            [Stage("a", double, timeout=2), Pipeline([double], name="in")]
+        )
         assert repr(pipeline) == (
             "Pipeline([Stage('a', timeout=2), Pipeline([Stage('double')], name='in')], name='pipeline')"
         )
 
     def test_it_subscripts_with_and_without_the_context(self) -> None:
-        assert Pipeline[int, str]([double]).name == "pipeline"  # type: ignore[arg-type]
-        assert Pipeline[int, str, dict[str, int]]([double]).name == "pipeline"  # type: ignore[arg-type]
+        assert Pipeline[int, str]([double]).name == "pipeline"
+        assert Pipeline[int, str, dict[str, int]]([double]).name == "pipeline"
 
         class Own(Pipeline[int, str]):
             pass
 
         assert Own([double]).name == "pipeline"
         with pytest.raises(TypeError):
-            Pipeline[int]  # type: ignore[misc]
+            Pipeline[int]

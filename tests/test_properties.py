@@ -156,7 +156,7 @@ def test_every_item_has_one_outcome_in_a_stream(
                 await asyncio.sleep(pause)
                 outcomes.append(outcome)
                 assert len(schedule.starts) <= len(outcomes) + buffer
-        indexes = [outcome.index for outcome in outcomes]
+        indexes: list[Any] = [outcome.index for outcome in outcomes]
         assert (indexes if ordered else sorted(indexes)) == list(range(len(schedule.items)))
         for outcome in outcomes:
             check_outcome(outcome.item, outcome.error or outcome.value)
