@@ -488,7 +488,7 @@ class TestTryRun:
 class TestConstruction:
     @pytest.mark.parametrize("stages", [[], (), iter([])])
     def test_no_stage(self, stages: Any) -> None:
-        with pytest.raises(ValueError, match="^Pipeline requires at least one stage$"):
+        with pytest.raises(ValueError, match=r"^Pipeline requires at least one stage$"):
             Pipeline(stages)
 
     @pytest.mark.parametrize("stages", [Stage("a", double), Pipeline([double]), "abc", 5, None, double])
