@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-__all__ = ["BackoffMode", "RetryPolicy", "check_count", "check_seconds"]
+__all__ = ["BackoffMode", "RetryPolicy", "check_backoff", "check_count", "check_seconds"]
 
 BackoffMode = Literal["fixed", "exponential"]
 """How the delay grows from retry to retry."""
