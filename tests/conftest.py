@@ -4,7 +4,7 @@ import asyncio
 import gc
 import inspect
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import pytest_asyncio
@@ -47,4 +47,10 @@ async def no_tasks_left() -> AsyncIterator[None]:
     yield
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     assert not left, f"the test left tasks behind: {left}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collected() -> Iterator[None]:
+    """Let a coroutine that sits unawaited in a reference cycle be found with the module that left it."""
+    yield
     gc.collect()

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import Mock
 from uuid import UUID
 
 import pytest
 
 from async_pipeline import Outcome, Pipeline, Stage, StageExecutionError, StageTimeoutError
+from tests.helpers import run_virtually
 
 HOOKS: list[dict[str, Any]] = [{}, {"before_stage": lambda name, value: None}]
 
@@ -525,6 +527,19 @@ class TestConstruction:
         labelled = Labelled("x")
         labelled.label = "y"
         assert (labelled.name, labelled.label) == ("x", "y")
+
+    def test_a_subclass_may_have_a_name_and_stages_of_its_own(self) -> None:
+        class Own(Pipeline[int, int]):
+            def __init__(self) -> None:
+                self.name = "first"
+                super().__init__([double])
+                self.name = "own"
+
+        assert Own().name == "own"
+
+    def test_a_mock_is_a_handler(self) -> None:
+        mock = Mock(return_value=5)
+        assert run_virtually(Pipeline([mock]).run(1)) == 5
 
     def test_its_repr_reads_as_its_structure(self) -> None:
         pipeline: Pipeline[int, int] = Pipeline(

@@ -3,7 +3,6 @@
 import copy
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from types import FunctionType, MethodType
 from typing import Any
@@ -12,13 +11,6 @@ __all__ = ["copier", "get_entry", "set_entry", "wants_context"]
 
 _CONTEXT_NAMES = ("context", "ctx")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-if sys.version_info >= (3, 14):  # there, asking for a signature evaluates lazy annotations unless told not to
-    from annotationlib import Format
-
-    _signature = functools.partial(inspect.signature, follow_wrapped=False, annotation_format=Format.STRING)
-else:
-    _signature = functools.partial(inspect.signature, follow_wrapped=False)
 
 
 def copier(context: object | None) -> Callable[[], Any]:
@@ -98,26 +90,48 @@ def wants_context(function: Callable[..., Any], shape: str) -> bool:
 
 def _python_signature(function: Any) -> inspect.Signature | None:
     """The signature of Python code, without evaluating its annotations; None for a class or C code."""
+    if isinstance(function, type):
+        return None
     if isinstance(function, functools.partial):
-        return _signature(function) if _python_signature(function.func) else None
-    if not isinstance(function, (FunctionType, MethodType)):
-        if isinstance(function, type):
-            return None
-        wrapped = getattr(function, "__wrapped__", None)  # functools.cache is C around Python
-        if callable(wrapped):
-            return _python_signature(wrapped)
-        if not isinstance(inspect.getattr_static(type(function), "__call__", None), FunctionType):
-            return None
-        return _signature(function)
-    signature = _signature(function)
-    wrapped = _wrapped(function)
-    if wrapped is not None and any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
-        return _python_signature(wrapped) or signature
+        return _rest(
+            _python_signature(function.func),
+            lambda f: functools.partial(f, *function.args, **function.keywords),
+        )
+    if isinstance(function, MethodType):
+        return _rest(_python_signature(function.__func__), lambda f: MethodType(f, function.__self__))
+    signature = _own_signature(function) if isinstance(function, FunctionType) else None
+    wrapped = getattr(function, "__wrapped__", None)  # functools.cache is C around Python
+    if callable(wrapped) and (signature is None or _takes_any(signature)):
+        return _python_signature(wrapped)
+    call = inspect.getattr_static(type(function), "__call__", None)
+    if signature is None and isinstance(call, FunctionType):
+        return _python_signature(MethodType(call, function))
     return signature
 
 
-def _wrapped(function: FunctionType | MethodType) -> Any:
-    wrapped = getattr(function, "__wrapped__", None)
-    if wrapped is not None and isinstance(function, MethodType):
-        return MethodType(wrapped, function.__self__)
-    return wrapped
+def _own_signature(function: FunctionType) -> inspect.Signature:
+    given = getattr(function, "__signature__", None)
+    if given is not None:
+        return inspect.signature(function, follow_wrapped=False)
+    # of a twin without annotations, because any way of asking for them can run them
+    bare = FunctionType(function.__code__, {}, function.__name__, function.__defaults__, function.__closure__)
+    bare.__kwdefaults__ = function.__kwdefaults__
+    return inspect.signature(bare)
+
+
+def _takes_any(signature: inspect.Signature) -> bool:
+    return any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+
+
+def _rest(signature: inspect.Signature | None, bind: Callable[[Any], Any]) -> inspect.Signature | None:
+    """What a partial or a method leaves of the signature of its function."""
+    if signature is None:
+        return None
+
+    def stand_in() -> None: ...
+
+    stand_in.__signature__ = signature  # type: ignore[attr-defined]
+    try:
+        return inspect.signature(bind(stand_in))
+    except ValueError as error:
+        raise TypeError(str(error)) from None

@@ -70,6 +70,11 @@ def _rebuild(
     return error
 
 
+def _state(error: BaseException) -> dict[str, Any]:
+    """What pickle and copy set after the constructor ran: all attributes, the notes and the cause."""
+    return error.__dict__ | {"__cause__": error.__cause__}
+
+
 class StageTimeoutError(TimeoutError):
     """An attempt took longer than its stage's ``timeout``; give the stage more time, or retry it.
 
@@ -84,7 +89,7 @@ class StageTimeoutError(TimeoutError):
         self.timeout = timeout
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.timeout,)
+        return type(self), (self.timeout,), _state(self)
 
 
 class BatchError(ExceptionGroup[Exception], PipelineError):
@@ -125,7 +130,7 @@ class BatchError(ExceptionGroup[Exception], PipelineError):
         return BatchError(self.failures, self.results, excs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.failures, self.results, list(self.exceptions))
+        return type(self), (self.failures, self.results, list(self.exceptions)), _state(self)
 
 
 def _batch_message(failures: Mapping[int, Exception]) -> str:
@@ -145,7 +150,7 @@ class DeadlockError(PipelineError):
         self.tasks: tuple[str, ...] = tuple(tasks)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.tasks,)
+        return type(self), (self.tasks,), _state(self)
 
 
 _WHERE = "_async_pipeline_stage"

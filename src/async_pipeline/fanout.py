@@ -11,6 +11,7 @@ per item. The rules that shape the code:
 
 import asyncio
 import math
+import sys
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable
 from contextvars import Context, copy_context
@@ -65,7 +66,7 @@ class FanOut:
         self._semaphore = concurrency if isinstance(concurrency, asyncio.Semaphore) else None
         self._limit = math.inf if isinstance(concurrency, asyncio.Semaphore) else concurrency
         self._make_context = copier(context)
-        self._room: float = math.inf  # how many more items may be pulled before one is taken
+        self._until = sys.maxsize  # how many items may be pulled; a stream moves it on as they are taken
         self._turn = _ITEMS_PER_TURN  # how many more items may start in this turn of the loop
         self._pulled = 0
         self._settled = 0
@@ -156,8 +157,10 @@ class FanOut:
 
     def _spawn(self) -> None:
         self._workers += 1
-        # not create_task here: an eager task would run its item inside this one's, and so on, too deep
-        self._loop.call_soon(self._start_worker, context=self._context)
+        if self._loop.get_task_factory() is None:
+            self._start_worker()
+        else:  # an eager task would run its items inside this one's, which runs others, and so on, too deep
+            self._loop.call_soon(self._start_worker)
 
     def _start_worker(self) -> None:
         if self._ended and not self._handed:
@@ -190,7 +193,7 @@ class FanOut:
         # one coroutine with the item's run in it: a layer more costs a batch 4 %
         task = cast("asyncio.Task[None]", asyncio.current_task())
         run, make_context, clock, semaphore = self._step.run, self._make_context, self._clock, self._semaphore
-        is_timed, size = self._is_timed, len(self._variables)
+        is_timed, variables, size = self._is_timed, self._variables, len(self._variables)
         while (job := self._take()) is not None:
             if job is _LATER:
                 await self._wait()
@@ -212,7 +215,8 @@ class FanOut:
             finally:
                 if semaphore is not None:
                     semaphore.release()
-            if semaphore is not None or task.cancelling() or len(context) != size or self._is_soiled():
+            is_clean = len(context) == size and not (variables and self._is_soiled())
+            if semaphore is not None or task.cancelling() or not is_clean:
                 return
 
     async def _acquire(self, semaphore: asyncio.Semaphore, job: _Job) -> None:
@@ -243,7 +247,7 @@ class FanOut:
             job = self._handed.popleft()
         elif self._ended:
             return None
-        elif self._room <= 0 or self._pull is None:
+        elif self._pulled >= self._until or self._pull is None:
             return cast(_Job, _LATER)
         else:
             try:
@@ -254,7 +258,8 @@ class FanOut:
             if item is _END:
                 self._end()
                 return None
-            job = self._number(item)
+            job = self._pulled, item  # as _number does, without the call
+            self._pulled += 1
         self._turn -= 1
         # at half time, so that items which do suspend never have to wait for the next turn
         if self._turn == _HALF_TURN:
@@ -264,7 +269,6 @@ class FanOut:
     def _number(self, item: object) -> _Job:
         job = self._pulled, item
         self._pulled += 1
-        self._room -= 1
         return job
 
     async def _wait(self) -> None:
@@ -329,7 +333,7 @@ class FanOut:
     async def _is_wanted(self) -> bool:
         """Wait until a worker is idle and there is room; return False when nothing more is wanted."""
         while not self._stopping:
-            if self._idle and self._room > 0:
+            if self._idle and self._pulled < self._until:
                 return True
             self._pump_waiter = self._loop.create_future()
             await self._pump_waiter
@@ -393,9 +397,11 @@ class Batch(FanOut):
                 self._failures[index] = error
                 return self._stop()
             value = error
-        if index >= len(self._results):
+        try:
+            self._results[index] = value
+        except IndexError:
             self._results.extend([_UNSET] * (index - len(self._results) + _GROWTH))
-        self._results[index] = value
+            self._results[index] = value
         return None
 
 
@@ -414,7 +420,7 @@ class Stream(FanOut, Generic[Out]):
         if buffer is None:
             buffer = _BUFFER_WITH_SEMAPHORE if self._semaphore else 2 * int(self._limit)
         check_count("buffer", buffer, least=1, message="buffer must be at least 1")
-        self._room = buffer
+        self._until = int(buffer)
         self._limit = min(self._limit, buffer)
         self._ordered = ordered
         self._ready: dict[int, _Record] = {}
@@ -483,7 +489,8 @@ class Stream(FanOut, Generic[Out]):
         if error is not None:
             self._finish()
             raise error
-        return cast(Out, value)
+        result: Out = value
+        return result
 
     def outcomes(self) -> "OutcomeIterator[Out]":
         """Iterate over an :class:`~async_pipeline.Outcome` for each item; a failed one does not end it."""
@@ -498,7 +505,7 @@ class Stream(FanOut, Generic[Out]):
         record = self._ready.pop(self._head, None)
         if record is not None:
             self._head += 1
-            self._room += 1
+            self._until += 1
             if self._idle:
                 self._use_room()
         return record

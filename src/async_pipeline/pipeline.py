@@ -5,7 +5,7 @@ from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Sequen
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, cast, overload
 
 from .errors import StageExecutionError, mark_cancelled
-from .events import Hook
+from .events import check_hook, fire, report
 from .fanout import Batch, Stream
 from .outcome import Outcome
 from .stage import Stage, callable_name
@@ -76,7 +76,7 @@ class Pipeline(Generic[First, Last, ContextT]):
         ValueError: no stage.
     """
 
-    __slots__ = ("_after", "_before", "_links", "name", "stages")
+    __slots__ = ("_after", "_before", "_is_hooked", "_links", "name", "stages")
 
     name: str
     stages: tuple[Step[Any, Any], ...]
@@ -94,12 +94,9 @@ class Pipeline(Generic[First, Last, ContextT]):
             raise TypeError(f"name must be a str, not {name!r}")
         self.name = name
         self.stages = _as_steps(stages)
-        self._before = None if before_stage is None else Hook("before_stage(stage_name, value)", before_stage)
-        self._after = (
-            None
-            if after_stage is None
-            else Hook("after_stage(stage_name, value, output, error)", after_stage)
-        )
+        self._before = check_hook("before_stage(stage_name, value)", before_stage)
+        self._after = check_hook("after_stage(stage_name, value, output, error)", after_stage)
+        self._is_hooked = before_stage is not None or after_stage is not None
         folds = _checked_middlewares(middlewares)
         self._links = tuple(_link(step, folds) for step in self.stages)
 
@@ -112,7 +109,7 @@ class Pipeline(Generic[First, Last, ContextT]):
             return super().__class_getitem__(parameters)
 
     def __setattr__(self, attribute: str, value: object) -> None:
-        if hasattr(self, attribute) and attribute in Pipeline.__slots__:
+        if type(self) is Pipeline and hasattr(self, attribute):  # a subclass may set what it likes, as in 1.x
             raise AttributeError(f"a Pipeline is immutable; build another one for another {attribute!r}")
         super().__setattr__(attribute, value)
 
@@ -128,8 +125,9 @@ class Pipeline(Generic[First, Last, ContextT]):
             StageExecutionError: a stage failed; it names the stage and carries the handler's error.
         """
         shared: Any = {} if context is None else context
-        if self._before is not None or self._after is not None:
-            return cast(Last, await self._run_hooked(initial_value, shared))
+        if self._is_hooked:
+            hooked: Last = await self._run_hooked(initial_value, shared)
+            return hooked
         value: Any = initial_value
         try:
             for _, call, wants_context, is_async, link in self._links:  # noqa: B007 - used below
@@ -143,45 +141,43 @@ class Pipeline(Generic[First, Last, ContextT]):
             if failure is error:
                 raise
             raise failure from error
-        return cast(Last, value)
+        output: Last = value  # not cast(): it is a call, and this is the hottest line
+        return output
 
     async def _run_hooked(self, value: Any, context: Any) -> Any:
         # the hooks are called here and not by a coroutine of their own: that took three times as long
-        before, after = self._before, self._after
-        before_wants, after_wants = before and before.wants_context, after and after.wants_context
+        before, before_wants = self._before
+        after, after_wants = self._after
         for name, call, wants_context, is_async, link in self._links:
             try:
                 # inside the try: an after_stage belongs to a before_stage that was cancelled, too
                 if before is not None:
                     try:
-                        fired = (
-                            before.call(name, value, context) if before_wants else before.call(name, value)
-                        )
+                        fired = before(name, value, context) if before_wants else before(name, value)
                         if fired is not None and is_awaitable(fired):
                             await fired
                     except Exception as error:
-                        before.report(name, error)
+                        report(before, name, error)
                 output = call(value, context) if wants_context else call(value)
                 if is_async or (type(output) not in _NEVER_AWAITABLE and is_awaitable(output)):
                     output = await output
             except BaseException as error:
                 failure = link.failure(error)
-                if after is not None:
-                    await after.fire(context, name, value, None, failure)
+                await fire(self._after, context, name, value, None, failure)
                 if failure is error:
                     raise
                 raise failure from error
             if after is not None:
                 try:
                     fired = (
-                        after.call(name, value, output, None, context)
+                        after(name, value, output, None, context)
                         if after_wants
-                        else after.call(name, value, output, None)
+                        else after(name, value, output, None)
                     )
                     if fired is not None and is_awaitable(fired):
                         await fired
                 except Exception as error:
-                    after.report(name, error)
+                    report(after, name, error)
             value = output
         return value
 
@@ -302,7 +298,7 @@ def _as_steps(stages: Any) -> tuple[Step[Any, Any], ...]:
 
 
 def _as_step(step: Any) -> Step[Any, Any]:
-    is_step = hasattr(step, "name") and callable(getattr(step, "run", None))
+    is_step = isinstance(getattr(step, "name", None), str) and callable(getattr(step, "run", None))
     if is_step and not isinstance(step, type):
         return cast("Step[Any, Any]", step)
     if callable(step) or isinstance(step, Coroutine):  # a Stage explains why a coroutine won't do

@@ -73,7 +73,7 @@ def check_seconds(parameter: str, value: Any, *, zero: bool) -> None:
     if value < 0 or (value == 0 and not zero):
         raise ValueError(f"{parameter} must be {bound}")
     if not value <= sys.float_info.max:  # infinite, not a number, or too long an int
-        raise ValueError(f"{parameter} must be {bound} and finite, not {value}")
+        raise ValueError(f"{parameter} must be {bound} and finite")
 
 
 def check_count(parameter: str, value: Any, *, least: int, message: str) -> None:

@@ -1,6 +1,7 @@
 """A stage: a handler with its own timeout and retries."""
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Coroutine
 from inspect import iscoroutinefunction
 from typing import Any, Generic, Self, TypedDict, Unpack, cast, overload
@@ -60,7 +61,6 @@ class Stage(Generic[In, Out]):
 
     __slots__ = (
         "_is_async",
-        "_policy",
         "_wants_context",
         "backoff",
         "handler",
@@ -110,14 +110,19 @@ class Stage(Generic[In, Out]):
         self.pass_context = pass_context
         self._wants_context = _decide_context(handler, pass_context)
         self._is_async = iscoroutinefunction(handler)
-        self._policy = RetryPolicy(retries, retry_delay, backoff)
 
     def __setattr__(self, attribute: str, value: object) -> None:
-        if hasattr(self, attribute) and attribute in Stage.__slots__:
+        # a subclass may set what it likes, as in 1.x; its run goes by what the attributes say then
+        if type(self) is Stage and hasattr(self, attribute):
             raise AttributeError(
                 f"a Stage is immutable; for another one write stage.replace({attribute}={value!r})"
             )
         super().__setattr__(attribute, value)
+
+    def __delattr__(self, attribute: str) -> None:
+        if type(self) is Stage:
+            raise AttributeError(f"a Stage is immutable; {attribute!r} can't be deleted")
+        super().__delattr__(attribute)
 
     async def run(self, value: In, *, context: Any = None) -> Out:
         """Run the handler on one value, with the stage's timeout and retries.
@@ -143,7 +148,7 @@ class Stage(Generic[In, Out]):
             except Exception as error:
                 failure = error
             # outside the except, so that a cancelled sleep does not carry the failure as its context
-            delay = self._policy.next_delay(attempt)
+            delay = RetryPolicy(self.retries, self.retry_delay, self.backoff).next_delay(attempt)
             if delay is None:
                 break
             if delay > 0:
@@ -261,6 +266,6 @@ class _Staged:
 
 def callable_name(function: Any) -> str:
     """Return a callable's ``__name__``; of a partial the function's, of an object its class's."""
-    while not hasattr(function, "__name__") and hasattr(function, "func"):
+    while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__name__", type(function).__name__))

@@ -29,19 +29,14 @@ class LoggingMiddleware:
     async def __call__(
         self, next_stage: Callable[[Any], Awaitable[Any]], stage_name: str, value: Any, context: Any
     ) -> Any:
-        self._log(self._level, "Starting stage: %s", stage_name, " input=%r", value)
+        self._logger.log(self._level, *self._record("Starting stage: %s", stage_name, " input=%r", value))
         try:
             output = await next_stage(value)
         except Exception:
-            self._log(logging.ERROR, "Stage failed: %s", stage_name, " input=%r", value, exc_info=True)
+            self._logger.exception(*self._record("Stage failed: %s", stage_name, " input=%r", value))
             raise
-        self._log(self._level, "Finished stage: %s", stage_name, " output=%r", output)
+        self._logger.log(self._level, *self._record("Finished stage: %s", stage_name, " output=%r", output))
         return output
 
-    def _log(
-        self, level: int, text: str, stage_name: str, value_text: str, value: Any, *, exc_info: bool = False
-    ) -> None:
-        if self._include_value:
-            self._logger.log(level, text + value_text, stage_name, value, exc_info=exc_info)
-        else:
-            self._logger.log(level, text, stage_name, exc_info=exc_info)
+    def _record(self, text: str, stage_name: str, value_text: str, value: Any) -> tuple[Any, ...]:
+        return (text + value_text, stage_name, value) if self._include_value else (text, stage_name)

@@ -1,0 +1,192 @@
+"""Which contenders meet in which row, and the Markdown that becomes of it."""
+
+import platform
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from async_pipeline import __version__
+
+from . import by_hand, work
+from .measure import TIMES, measure, micros_per_item, ratio
+from .memory import peak_bytes
+from .neighbours import find_neighbours
+from .work import Contender, one_by_one
+
+
+class Effort(NamedTuple):
+    """How much to measure."""
+
+    runs: int  # of one value, per round
+    items: int  # of a batch, per round
+    rounds: int
+    neighbour_items: int
+    neighbour_rounds: int
+    counts: Sequence[int]  # of items, for cost and memory
+    count_rounds: int
+
+
+FULL = Effort(10_000, 5_000, 25, 2_000, 5, (1_000, 10_000, 100_000, 1_000_000), 3)
+QUICK = Effort(500, 300, 5, 200, 3, (1_000, 5_000), 1)
+
+
+class Row(NamedTuple):
+    """One comparison with hand-written asyncio, and the ratio that must be reached."""
+
+    title: str
+    limit_title: str
+    ours: Contender
+    limit: Contender
+    reach: float
+    is_batch: bool
+
+
+ROWS = (
+    Row(
+        "`run`, 5 plain async stages", "`for handler in handlers: value = await handler(value)`",
+        one_by_one(work.run_plain), one_by_one(by_hand.run_plain), 1.5, False,
+    ),
+    Row(
+        "`run`, 5 plain sync stages", "the same loop with calls",
+        one_by_one(work.run_sync), one_by_one(by_hand.run_sync), 2.3, False,
+    ),
+    Row(
+        "`run`, sync before and after hooks", "the loop with the two calls",
+        one_by_one(work.run_hooked), one_by_one(by_hand.run_hooked), 1.7, False,
+    ),
+    Row(
+        "`run`, 5 stages with timeout", "the loop with `async with asyncio.timeout`",
+        one_by_one(work.run_timeout), one_by_one(by_hand.run_timeout), 1.2, False,
+    ),
+    Row(
+        "`map`, 5 stages that suspend", "`TaskGroup` and `Semaphore`, a task per item",
+        work.map_items, by_hand.task_per_item, 0.6, True,
+    ),
+    Row(
+        "`map`, 5 stages that suspend", "pool of 50 workers, no isolation",
+        work.map_items, by_hand.pool, 1.3, True,
+    ),
+    Row(
+        "`stream`, the same work", "the same pool",
+        work.stream_items, by_hand.pool, 1.4, True,
+    ),
+)  # fmt: skip
+
+
+_COLUMNS = {
+    "run": one_by_one(work.run_plain),
+    "map": work.map_items,
+    "stream": work.stream_items,
+}
+
+_GROWING = {
+    "`map`": work.map_items,
+    "`stream`": work.stream_items,
+    "pool by hand": by_hand.pool,
+}
+
+
+def write_tables(effort: Effort, only: str) -> Iterator[str]:
+    """Yield the lines of the report as they are measured; ``only`` picks the rows that contain it."""
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    yield f"## async-pipeline {__version__} on {python}"
+    yield ""
+    yield f"{platform.system()} {platform.machine()}. Medians of {effort.rounds} interleaved rounds; in"
+    yield "brackets, the smallest and the largest ratio of a round. Below 1 we are the faster ones."
+    yield ""
+    yield from _limits(effort, only)
+    yield from _neighbours(effort, only)
+    yield from _growth(effort, only)
+
+
+def _line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _head(*cells: str) -> Iterator[str]:
+    yield _line(*cells)
+    yield _line(*("---" for _ in cells))
+
+
+def _limits(effort: Effort, only: str) -> Iterator[str]:
+    rows = [row for row in ROWS if only in row.title]
+    if not rows:
+        return
+    yield from _head("work", "against", "by hand, µs", "ours, µs", "ratio", "reach")
+    for row in rows:
+        count = effort.items if row.is_batch else effort.runs
+        seconds = measure({"ours": row.ours, "limit": row.limit}, range(count), effort.rounds)
+        micros = [f"{micros_per_item(seconds[name], count):.2f}" for name in ("limit", "ours")]
+        compared = ratio(seconds["ours"], seconds["limit"])
+        yield _line(row.title, row.limit_title, *micros, compared, f"≤ {row.reach}{TIMES}")
+    yield ""
+
+
+def _neighbours(effort: Effort, only: str) -> Iterator[str]:
+    columns = {title: each for title, each in _COLUMNS.items() if only in f"`{title}`"}
+    if not columns:
+        return
+    found, missing = find_neighbours()
+    yield f"Time of other libraries for the same work, ours being 1 ({effort.neighbour_rounds} rounds):"
+    yield ""
+    yield from _head("library", *(f"`{title}`" for title in columns))
+    cells = {name: dict.fromkeys(columns, "—") for name in found}
+    for title, ours in columns.items():
+        able = {name: call for name in found if (call := getattr(found[name], title)) is not None}
+        seconds = measure({"ours": ours, **able}, range(effort.neighbour_items), effort.neighbour_rounds)
+        for name in able:
+            unordered = title == "stream" and not found[name].keeps_order
+            compared = ratio(seconds[name], seconds["ours"])
+            cells[name][title] = f"{compared}, as they finish" if unordered else str(compared)
+    for name in found:
+        yield _line(name, *cells[name].values())
+    yield ""
+    if missing:
+        yield f"Not installed, so left out: {', '.join(missing)}."
+        yield ""
+
+
+def _growth(effort: Effort, only: str) -> Iterator[str]:
+    costs = {title: each for title, each in _GROWING.items() if only in title}
+    if not costs:
+        return
+    counts = [f"{count:,} items" for count in effort.counts]
+    yield f"As the number of items grows ({effort.count_rounds} rounds; memory by `tracemalloc`, lazy items):"
+    yield ""
+    yield from _head("work", *counts, "last / first", "reach")
+    for title, contender in costs.items():
+        yield _cost_line(effort, title, contender)
+    for title in ("map", "stream"):
+        if only in f"`{title}`":
+            yield _memory_line(effort, title)
+
+
+def _cost_line(effort: Effort, title: str, contender: Contender) -> str:
+    least = (
+        effort.counts[-1] // 10
+    )  # items per round, so that a thousand are not over before they can be timed
+    repeats = {count: max(1, least // count) for count in effort.counts}
+    batches = {str(count): _repeated(contender, count, times) for count, times in repeats.items()}
+    seconds = measure(batches, (), effort.count_rounds)
+    costs = {
+        count: [each / (count * times) for each in seconds[str(count)]] for count, times in repeats.items()
+    }
+    shown = (f"{micros_per_item(each, 1):.2f}" for each in costs.values())
+    growth = ratio(costs[effort.counts[-1]], costs[effort.counts[0]])
+    return _line(f"{title}, µs per item", *shown, growth, f"≤ 1.15{TIMES}")
+
+
+def _repeated(contender: Contender, count: int, times: int) -> Contender:
+    async def repeated(items: Sequence[int]) -> list[int]:
+        for _ in range(times):
+            await contender(range(count))
+        return []
+
+    return repeated
+
+
+def _memory_line(effort: Effort, title: str) -> str:
+    peaks = [peak_bytes(title, count) / 1024 for count in effort.counts]
+    return _line(
+        f"`{title}`, KiB above the results", *(f"{peak:,.0f}" for peak in peaks),
+        f"{peaks[-1] - peaks[0]:+,.0f} KiB", "flat",
+    )  # fmt: skip
