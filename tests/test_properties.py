@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -234,3 +237,43 @@ def test_one_semaphore_bounds_several_calls(several: list[Schedule], permits: in
         assert not semaphore.locked()
 
     run_virtually(main())
+
+
+class Large:
+    """Something that nobody wants to keep."""
+
+
+@pytest.mark.parametrize("hooks", [{}, {"before_stage": lambda name, value: None}], ids=["plain", "hooked"])
+@pytest.mark.parametrize("options", [{}, {"retries": 1}, {"timeout": 5}], ids=["plain", "retries", "timeout"])
+@pytest.mark.parametrize("how", ["run", "map", "return_exceptions", "stream", "outcomes"])
+def test_a_failure_keeps_nothing_alive(hooks: Any, options: Any, how: str) -> None:
+    """No reference cycle runs through an error, its traceback and our frames."""
+
+    async def fail(value: Any) -> None:
+        await asyncio.sleep(0)
+        raise ValueError
+
+    async def call(pipeline: Pipeline[Any, Any], items: list[Large]) -> None:
+        if how == "run":
+            await pipeline.run(items[0])
+        elif how in ("map", "return_exceptions"):
+            await pipeline.map(items, return_exceptions=how == "return_exceptions")
+        else:
+            async with pipeline.stream(items) as results:
+                async for _ in results if how == "stream" else results.outcomes():
+                    pass
+
+    async def main() -> None:
+        item = Large()
+        reference = weakref.ref(item)
+        with contextlib.suppress(StageExecutionError, BatchError):
+            await call(Pipeline([Stage("fail", fail, **options)], **hooks), [item])
+        del item
+        assert reference() is None
+
+    gc.collect()
+    gc.disable()
+    try:
+        run_virtually(main())
+    finally:
+        gc.enable()

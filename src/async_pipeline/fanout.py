@@ -374,15 +374,19 @@ class Batch(FanOut):
                     raise
         finally:
             self._close_source()
-        if self._error is not None:
-            raise self._error
-        if self._failures:
-            raise BatchError(self._failures, self._finished_results())
-        del self._results[self._pulled :]
-        return self._results
-
-    def _finished_results(self) -> dict[int, Any]:
-        return {index: value for index, value in enumerate(self._results) if value is not _UNSET}
+        # taken out of self, which the tracebacks of the errors hold: a cycle would keep them all alive
+        error, results, failures = self._error, self._results, self._failures
+        self._error, self._results, self._failures = None, [], {}
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+        if failures:
+            finished = {index: value for index, value in enumerate(results) if value is not _UNSET}
+            raise BatchError(failures, finished)
+        del results[self._pulled :]
+        return results
 
     def _fail_source(self, error: BaseException) -> None:
         super()._fail_source(error)
@@ -451,13 +455,18 @@ class Stream(FanOut, Generic[Out]):
             if self._closing_error is not None and error is not None:
                 super()._fail_closing(self._closing_error)
         if error is None:
-            self._raise_unseen()
+            if isinstance(self._error, (Exception, asyncio.CancelledError)):
+                self._error = None  # its turn has not come
+            self._error = self._error or self._closing_error
+            self._raise_source_error()
 
-    def _raise_unseen(self) -> None:
-        fatal = self._error if not isinstance(self._error, (Exception, asyncio.CancelledError)) else None
-        for unseen in (fatal, self._closing_error):
-            if unseen is not None:
-                raise unseen
+    def _raise_source_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame
 
     def _fail_closing(self, error: BaseException) -> None:
         self._closing_error = error
@@ -484,11 +493,13 @@ class Stream(FanOut, Generic[Out]):
             )
 
     async def __anext__(self) -> Out:
-        record = self._pop() or await self._wait_for_record()
-        _, _, value, error, _, _ = record
+        _, _, value, error, _, _ = self._pop() or await self._wait_for_record()
         if error is not None:
             self._finish()
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame
         result: Out = value
         return result
 
@@ -522,7 +533,8 @@ class Stream(FanOut, Generic[Out]):
             raise RuntimeError("another task is already waiting for this stream's next result")
         while (record := self._pop()) is None:
             if self._is_over():
-                raise self._error or StopAsyncIteration
+                self._raise_source_error()
+                raise StopAsyncIteration
             self._waiter = self._loop.create_future()
             try:
                 await self._waiter

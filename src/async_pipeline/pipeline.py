@@ -27,14 +27,6 @@ class _Stop(NamedTuple):
     is_direct: bool
     is_nested: bool
 
-    def failure(self, error: BaseException) -> BaseException:
-        """Return what leaves the pipeline for what a step raised: the same, or a StageExecutionError."""
-        if isinstance(error, asyncio.CancelledError):
-            mark_cancelled(error, self.name, nested=self.is_nested)
-        elif self.is_direct and isinstance(error, Exception):
-            return StageExecutionError(self.name, error)
-        return error
-
 
 # its name, how to call it, whether with the context, whether to await it unseen, and the rest
 _Link = tuple[str, Callable[..., Any], bool, bool, _Stop]
@@ -136,11 +128,13 @@ class Pipeline(Generic[First, Last, ContextT]):
                     value = await result
                 else:
                     value = result
-        except BaseException as error:
-            failure = link.failure(error)
-            if failure is error:
-                raise
-            raise failure from error
+        except Exception as error:
+            if link.is_direct:
+                raise StageExecutionError(link.name, error) from error
+            raise
+        except asyncio.CancelledError as error:
+            mark_cancelled(error, link.name, nested=link.is_nested)
+            raise
         output: Last = value  # not cast(): it is a call, and this is the hottest line
         return output
 
@@ -158,15 +152,19 @@ class Pipeline(Generic[First, Last, ContextT]):
                             await fired
                     except Exception as error:
                         report(before, name, error)
-                output = call(value, context) if wants_context else call(value)
-                if is_async or (type(output) not in _NEVER_AWAITABLE and is_awaitable(output)):
-                    output = await output
-            except BaseException as error:
-                failure = link.failure(error)
-                await fire(self._after, context, name, value, None, failure)
-                if failure is error:
+                try:
+                    output = call(value, context) if wants_context else call(value)
+                    if is_async or (type(output) not in _NEVER_AWAITABLE and is_awaitable(output)):
+                        output = await output
+                except Exception as error:
+                    if link.is_direct:
+                        raise StageExecutionError(name, error) from error
                     raise
-                raise failure from error
+            except BaseException as error:
+                if isinstance(error, asyncio.CancelledError):
+                    mark_cancelled(error, name, nested=link.is_nested)
+                await fire(self._after, context, name, value, None, error)
+                raise
             if after is not None:
                 try:
                     fired = (
