@@ -428,6 +428,39 @@ class TestCancellation:
             for index, result in enumerate(results):
                 assert result == index or isinstance(result.original_error, asyncio.CancelledError)
 
+    @both
+    @pytest.mark.virtual
+    @pytest.mark.parametrize("concurrency", [1, 3])
+    async def test_cancelling_workers_that_wait_for_the_source_loses_no_item(
+        self, call: Any, concurrency: int
+    ) -> None:
+        source = Source(range(6), seconds=10)
+        caller = asyncio.create_task(call(pipeline_of(suspend), source, concurrency))
+        for _ in range(5):
+            await asyncio.sleep(10)
+            for task in asyncio.all_tasks() - source.tasks - {asyncio.current_task(), caller}:
+                task.cancel()
+        assert await caller == list(range(6))
+
+    @both
+    @pytest.mark.virtual
+    async def test_cancelling_a_worker_that_waits_for_a_permit_loses_no_item(self, call: Any) -> None:
+        running = set()
+
+        async def handler(value: int) -> int:
+            running.add(asyncio.current_task())
+            await asyncio.sleep(10)
+            running.discard(asyncio.current_task())
+            return value
+
+        caller = asyncio.create_task(call(pipeline_of(handler), range(6), asyncio.Semaphore(2)))
+        for _ in range(2):
+            await asyncio.sleep(5)
+            [waiting] = asyncio.all_tasks() - running - {asyncio.current_task(), caller}
+            waiting.cancel()
+            await asyncio.sleep(5)
+        assert await caller == list(range(6))
+
     @pytest.mark.virtual
     async def test_a_handler_that_swallows_our_cancellation_ends_the_call_all_the_same(self) -> None:
         async def stubborn(value: int) -> int:
@@ -484,6 +517,20 @@ class TestOtherBaseExceptions:
         with pytest.raises(Alarm):
             await call(pipeline_of(suspend), Source(generate()) if is_async else generate(), 2)
 
+    @both
+    async def test_the_first_of_several_is_raised(self, call: Any) -> None:
+        async def handler(value: int) -> None:
+            if value == 0:
+                await asyncio.sleep(0)
+                raise Alarm("first")
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                raise Alarm("second")
+
+        with pytest.raises(Alarm, match="first"):
+            await call(pipeline_of(handler), range(3), 3)
+
     async def test_a_stream_left_before_it_was_seen_raises_it(self) -> None:
         async def handler(value: int) -> int:
             if value == 3:
@@ -530,6 +577,34 @@ class TestSources:
                 async for value in results:
                     seen.append(value)
         assert sorted(seen) == list(range(5))
+
+    async def test_a_stream_left_before_its_turn_does_not_raise_it(self) -> None:
+        def generate() -> Iterator[int]:
+            yield from range(5)
+            raise OSError
+
+        async with pipeline_of(suspend).stream(generate(), 10) as results:
+            assert await anext(results) == 0
+            await asyncio.sleep(0.01)
+
+    async def test_an_error_of_closing_after_an_error_is_logged(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Broken:
+            def __aiter__(self) -> "Broken":
+                return self
+
+            async def __anext__(self) -> int:
+                raise OSError("reading")
+
+            async def aclose(self) -> None:
+                raise OSError("closing")
+
+        for call in (by_map, by_stream):
+            with pytest.raises(OSError, match="reading"):
+                await call(pipeline_of(suspend), Broken())
+        errors = [record.exc_info[1] for record in caplog.records if record.exc_info]
+        assert [str(error) for error in errors] == ["closing"] * 2
 
     @pytest.mark.virtual
     async def test_it_cancels_the_rest_of_a_map(self) -> None:
@@ -658,7 +733,7 @@ class TestSources:
             return value
 
         with pytest.raises(BatchError):
-            await pipeline_of(fail_late).map(source(), 1)
+            await pipeline_of(fail_late).map(source(), 2)
         assert len(pulled) < 10
 
     @pytest.mark.parametrize("is_async", [False, True])

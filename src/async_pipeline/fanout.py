@@ -12,6 +12,7 @@ per item. The rules that shape the code:
 import asyncio
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable
 from contextvars import Context, copy_context
@@ -47,7 +48,7 @@ def _next_turn() -> Generator[None, None, None]:
     yield
 
 
-class FanOut:
+class FanOut(ABC):
     """What ``map`` and ``stream`` share: from a source to a call of ``_settle`` for each item."""
 
     _is_timed = True
@@ -143,9 +144,9 @@ class FanOut:
             return  # our own
         if not isinstance(error, (Exception, asyncio.CancelledError)):
             self._die(error)
-        elif self._stopping:
+        elif self._stopping or self._error is not None:
             self._fail_closing(error)
-        elif self._error is None:
+        else:
             self._error = error
         self._end()
 
@@ -307,10 +308,11 @@ class FanOut:
             failure = failure.of_item(*job)
         return self._settle(job, context, started, None, failure)
 
+    @abstractmethod
     def _settle(
         self, job: _Job, context: Any, started: float, value: Any, error: Exception | None = None
     ) -> None:
-        raise NotImplementedError
+        """Keep what became of an item."""
 
     # -- an async source: one task iterates and closes it
 
