@@ -146,6 +146,15 @@ class TestOrderAndBounds:
         await pipeline_of(remember).map([1, 2, 3], 10_000)
         assert len(names) <= 3
 
+    async def test_handlers_that_never_suspend_need_few_workers(self) -> None:
+        tasks = set()
+
+        def remember(value: int) -> None:
+            tasks.add(asyncio.current_task())
+
+        await pipeline_of(remember).map(range(10_000), 10_000)
+        assert len(tasks) < 500
+
     async def test_a_hundred_thousand_lazy_items(self) -> None:
         total = 0
         async with pipeline_of(lambda value: value + 1).stream(iter(range(100_000)), 10) as results:
@@ -854,6 +863,18 @@ class TestMap:
         assert isinstance(error, StageExecutionError)
         assert isinstance(error.original_error, ZeroDivisionError)
 
+    @both
+    async def test_a_stop_async_iteration_does_not_end_the_items_in_silence(self, call: Any) -> None:
+        def stop(next_stage: Any, stage_name: str, value: Any, context: Any) -> Any:
+            raise StopAsyncIteration
+
+        pipeline: Pipeline[int, int] = Pipeline([suspend], middlewares=[stop])
+        with pytest.raises((BatchError, StageExecutionError)) as caught:
+            await call(pipeline, [1, 2], 1)
+        error = caught.value.failures[0] if isinstance(caught.value, BatchError) else caught.value
+        assert isinstance(error, StageExecutionError)
+        assert isinstance(error.__cause__, StopAsyncIteration)
+
     async def test_one_error_raised_for_two_items_names_each(self) -> None:
         error = StageExecutionError("cached", ValueError())
 
@@ -890,6 +911,14 @@ class TestMap:
                 return 2 * await super().run(initial_value, context=context)
 
         assert await Doubled([suspend]).map([1, 2]) == [2, 4]
+
+    @pytest.mark.parametrize("call", [by_map, by_stream])
+    def test_a_semaphore_of_another_event_loop_is_an_error_and_not_a_hang(self, call: Any) -> None:
+        semaphore = asyncio.Semaphore(1)
+        pipeline = Meter().pipeline
+        assert run_virtually(call(pipeline, range(3), semaphore)) == [0, 1, 2]
+        with pytest.raises(RuntimeError, match="different event loop"):
+            run_virtually(call(pipeline, range(3), semaphore))
 
     def test_one_pipeline_on_several_event_loops(self) -> None:
         pipeline = Meter().pipeline

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable
 from contextvars import Context, copy_context
 from functools import partial
-from types import TracebackType, coroutine
+from types import TracebackType
 from typing import Any, Generic, cast
 
 from .context import copier
@@ -42,10 +42,12 @@ _BUFFER_WITH_SEMAPHORE = 64
 _GROWTH = 256  # of a batch's list of results
 
 
-@coroutine
-def _next_turn() -> Generator[None, None, None]:
-    """Let the event loop run once; unlike ``asyncio.sleep(0)`` it can't be patched away by a test."""
-    yield
+def _wake(waiters: deque[asyncio.Future[None]], most: int) -> None:
+    while waiters and most > 0:
+        waiter = waiters.popleft()
+        if not waiter.done():
+            waiter.set_result(None)
+            most -= 1
 
 
 class FanOut(ABC):
@@ -74,7 +76,9 @@ class FanOut(ABC):
         self._handed: deque[_Job] = deque()
         self._idle: deque[asyncio.Future[None]] = deque()  # workers that wait for an item or for room
         self._tasks: set[asyncio.Task[None]] = set()
+        self._parked: deque[asyncio.Future[None]] = deque()  # workers that wait for the next turn
         self._workers = 0
+        self._is_starting = False  # the newest worker has yet to take its first item
         self._permits: set[asyncio.Task[None] | None] = set()  # the workers that hold the semaphore
         self._pull: Callable[[], Any] | None = None  # of a sync source: the next item or _END
         self._close: Callable[[], None] | None = None
@@ -123,8 +127,8 @@ class FanOut(ABC):
 
     def _end(self) -> None:
         self._ended = True
-        while self._idle:
-            self._wake_one()
+        _wake(self._idle, len(self._idle))
+        _wake(self._parked, len(self._parked))
 
     def _die(self, error: BaseException) -> None:
         if self._error is None:
@@ -158,6 +162,7 @@ class FanOut(ABC):
 
     def _spawn(self) -> None:
         self._workers += 1
+        self._is_starting = True
         if self._loop.get_task_factory() is None:
             self._start_worker()
         else:  # an eager task would run its items inside this one's, which runs others, and so on, too deep
@@ -179,6 +184,7 @@ class FanOut(ABC):
 
     def _left(self, task: asyncio.Task[None]) -> None:
         self._permits.discard(task)
+        self._is_starting = False
         self._leave()
         is_over = self._ended and not self._handed
         # with a semaphore one worker is without a permit: it looks for the next item and waits for one
@@ -195,14 +201,16 @@ class FanOut(ABC):
         task = cast("asyncio.Task[None]", asyncio.current_task())
         run, make_context, clock, semaphore = self._step.run, self._make_context, self._clock, self._semaphore
         is_timed, variables, size = self._is_timed, self._variables, len(self._variables)
+        self._is_starting = False
         while (job := self._take()) is not None:
             if job is _LATER:
                 await self._wait()
                 continue
             if semaphore is not None:
-                await self._acquire(semaphore, job)
+                if not await self._acquire(semaphore, job):
+                    return
                 self._permits.add(task)
-            if self._workers < self._limit and not self._ended:
+            if self._workers < self._limit and not self._is_starting and not self._ended:
                 self._spawn()
             own = None
             started = clock() if is_timed else 0.0
@@ -220,13 +228,16 @@ class FanOut(ABC):
             if semaphore is not None or task.cancelling() or not is_clean:
                 return
 
-    async def _acquire(self, semaphore: asyncio.Semaphore, job: _Job) -> None:
+    async def _acquire(self, semaphore: asyncio.Semaphore, job: _Job) -> bool:
         try:
-            await semaphore.acquire()
+            return await semaphore.acquire()
         except asyncio.CancelledError:
             if not self._stopping:
                 self._handed.appendleft(job)
             raise
+        except RuntimeError as error:  # it belongs to another event loop
+            self._die(error)
+            return False
 
     def _is_soiled(self) -> bool:
         """Tell whether the item changed a context variable, in which case its worker is replaced.
@@ -273,25 +284,19 @@ class FanOut(ABC):
         return job
 
     async def _wait(self) -> None:
-        if self._turn <= 0:
-            return await _next_turn()
+        queue = self._parked if self._turn <= 0 else self._idle
         waiter = self._loop.create_future()
-        self._idle.append(waiter)
+        queue.append(waiter)
         self._wake_pump()
         try:
             await waiter
         finally:
-            if waiter.cancelled() and waiter in self._idle:
-                self._idle.remove(waiter)
+            if waiter.cancelled() and waiter in queue:
+                queue.remove(waiter)
 
     def _begin_turn(self) -> None:
         self._turn = _ITEMS_PER_TURN
-
-    def _wake_one(self) -> None:
-        if self._idle:
-            waiter = self._idle.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
+        _wake(self._parked, _ITEMS_PER_TURN)
 
     def _fail(self, job: _Job, context: Any, started: float, error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError):
@@ -299,6 +304,10 @@ class FanOut(ABC):
                 raise error
             # nobody asked for it: the handler awaited something that was cancelled, or cancelled itself
             failure: Exception = StageExecutionError(cancelled_in(error, self._step.name), error)
+            failure.__cause__ = error
+        elif isinstance(error, StopAsyncIteration):
+            # a middleware's: raised by the iteration of a stream as it is, it would end it in silence
+            failure = StageExecutionError(self._step.name, error)
             failure.__cause__ = error
         elif isinstance(error, Exception):
             failure = error
@@ -322,8 +331,10 @@ class FanOut(ABC):
             iterator = aiter(items)
             while await self._is_wanted():
                 item = await anext(iterator)
+                if self._stopping:  # the source answered its cancellation with one more item
+                    break
                 self._handed.append(self._number(item))
-                self._wake_one()
+                _wake(self._idle, 1)
         except StopAsyncIteration:
             pass
         except BaseException as error:
@@ -527,7 +538,7 @@ class Stream(FanOut, Generic[Out]):
         if self._pull is None:
             self._wake_pump()
         else:
-            self._wake_one()
+            _wake(self._idle, 1)
 
     async def _wait_for_record(self) -> _Record:
         self._check_open()
