@@ -57,7 +57,10 @@ class StageExecutionError(PipelineError):
 
 
 def _stage_message(stage_name: str, original_error: BaseException) -> str:
-    return f"Stage {stage_name!r} failed: {original_error!r}"
+    try:
+        return f"Stage {stage_name!r} failed: {original_error!r}"
+    except Exception:  # an error that can't be shown must not hide that it happened
+        return f"Stage {stage_name!r} failed: {type(original_error).__name__}"
 
 
 def _rebuild(

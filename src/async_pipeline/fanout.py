@@ -68,6 +68,8 @@ class FanOut(ABC):
         self._items = items
         self._semaphore = concurrency if isinstance(concurrency, asyncio.Semaphore) else None
         self._limit = math.inf if isinstance(concurrency, asyncio.Semaphore) else concurrency
+        if self._semaphore is None and isinstance(items, (list, tuple, range, dict, set, frozenset)):
+            self._limit = min(self._limit, max(1, len(items)))
         self._make_context = copier(context)
         self._until = sys.maxsize  # how many items may be pulled; a stream moves it on as they are taken
         self._turn = _ITEMS_PER_TURN  # how many more items may start in this turn of the loop
@@ -78,7 +80,7 @@ class FanOut(ABC):
         self._tasks: set[asyncio.Task[None]] = set()
         self._parked: deque[asyncio.Future[None]] = deque()  # workers that wait for the next turn
         self._workers = 0
-        self._is_starting = False  # the newest worker has yet to take its first item
+        self._starting = 0  # how many of the workers have yet to take their first item
         self._permits: set[asyncio.Task[None] | None] = set()  # the workers that hold the semaphore
         self._pull: Callable[[], Any] | None = None  # of a sync source: the next item or _END
         self._close: Callable[[], None] | None = None
@@ -162,11 +164,17 @@ class FanOut(ABC):
 
     def _spawn(self) -> None:
         self._workers += 1
-        self._is_starting = True
+        self._starting += 1
         if self._loop.get_task_factory() is None:
             self._start_worker()
         else:  # an eager task would run its items inside this one's, which runs others, and so on, too deep
             self._loop.call_soon(self._start_worker)
+
+    def _grow(self) -> None:
+        # two for one that took an item: in a busy loop, where each turn is long, one by one would take long
+        for _ in range(2 if self._semaphore is None else 1):
+            if self._starting <= self._workers // 2 and self._workers < self._limit:
+                self._spawn()
 
     def _start_worker(self) -> None:
         if self._ended and not self._handed:
@@ -184,7 +192,7 @@ class FanOut(ABC):
 
     def _left(self, task: asyncio.Task[None]) -> None:
         self._permits.discard(task)
-        self._is_starting = False
+        self._starting = 0  # it may have been cancelled before it started
         self._leave()
         is_over = self._ended and not self._handed
         # with a semaphore one worker is without a permit: it looks for the next item and waits for one
@@ -201,7 +209,7 @@ class FanOut(ABC):
         task = cast("asyncio.Task[None]", asyncio.current_task())
         run, make_context, clock, semaphore = self._step.run, self._make_context, self._clock, self._semaphore
         is_timed, variables, size = self._is_timed, self._variables, len(self._variables)
-        self._is_starting = False
+        self._starting = max(0, self._starting - 1)
         while (job := self._take()) is not None:
             if job is _LATER:
                 await self._wait()
@@ -210,20 +218,22 @@ class FanOut(ABC):
                 if not await self._acquire(semaphore, job):
                     return
                 self._permits.add(task)
-            if self._workers < self._limit and not self._is_starting and not self._ended:
-                self._spawn()
+            if self._workers < self._limit and not self._ended:
+                self._grow()
             own = None
             started = clock() if is_timed else 0.0
             try:
                 own = make_context()
                 value = await run(job[1], context=own)
             except BaseException as error:
+                if self._stopping and isinstance(error, asyncio.CancelledError):
+                    return  # our own; raised, it would hold this frame, that the task, and that the error
                 self._fail(job, own, started, error)
             else:
                 self._settle(job, own, started, value)
             finally:
                 if semaphore is not None:
-                    semaphore.release()
+                    self._release(semaphore)
             is_clean = len(context) == size and not (variables and self._is_soiled())
             if semaphore is not None or task.cancelling() or not is_clean:
                 return
@@ -238,6 +248,12 @@ class FanOut(ABC):
         except RuntimeError as error:  # it belongs to another event loop
             self._die(error)
             return False
+
+    def _release(self, semaphore: asyncio.Semaphore) -> None:
+        try:
+            semaphore.release()
+        except ValueError as error:  # a BoundedSemaphore that a handler released as well
+            self._die(error)
 
     def _is_soiled(self) -> bool:
         """Tell whether the item changed a context variable, in which case its worker is replaced.
@@ -264,6 +280,11 @@ class FanOut(ABC):
         else:
             try:
                 item = self._pull()
+            except (
+                StopAsyncIteration
+            ) as error:  # raised by the iteration of a stream, it would end it in silence
+                self._fail_source(_runtime_error("the source raised StopAsyncIteration", error))
+                return None
             except BaseException as error:
                 self._fail_source(error)
                 return None
@@ -300,8 +321,6 @@ class FanOut(ABC):
 
     def _fail(self, job: _Job, context: Any, started: float, error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError):
-            if self._stopping:
-                raise error
             # nobody asked for it: the handler awaited something that was cancelled, or cancelled itself
             failure: Exception = StageExecutionError(cancelled_in(error, self._step.name), error)
             failure.__cause__ = error
@@ -432,10 +451,20 @@ class Stream(FanOut, Generic[Out]):
     :meth:`outcomes` yields an :class:`~async_pipeline.Outcome` for each item instead.
     """
 
-    def __init__(self, *args: Any, ordered: bool, buffer: int | None) -> None:
-        super().__init__(*args)
+    def __init__(
+        self,
+        step: Step[Any, Any],
+        items: Iterable[Any] | AsyncIterable[Any],
+        concurrency: int | asyncio.Semaphore,
+        context: object,
+        *,
+        ordered: bool,
+        buffer: int | None,
+    ) -> None:
+        super().__init__(step, items, concurrency, context)
         if buffer is None:
-            buffer = _BUFFER_WITH_SEMAPHORE if self._semaphore else 2 * int(self._limit)
+            has_permits = isinstance(concurrency, asyncio.Semaphore)
+            buffer = _BUFFER_WITH_SEMAPHORE if has_permits else 2 * cast(int, concurrency)
         check_count("buffer", buffer, least=1, message="buffer must be at least 1")
         self._until = int(buffer)
         self._limit = min(self._limit, buffer)
@@ -467,10 +496,11 @@ class Stream(FanOut, Generic[Out]):
             self._close_source()
             if self._closing_error is not None and error is not None:
                 super()._fail_closing(self._closing_error)
-        if error is None:
-            if isinstance(self._error, (Exception, asyncio.CancelledError)):
-                self._error = None  # its turn has not come
-            self._error = self._error or self._closing_error
+        if isinstance(self._error, (Exception, asyncio.CancelledError)):
+            self._error = None  # its turn has not come
+        if error is None and self._error is None:
+            self._error = self._closing_error
+        if error is None or isinstance(error, Exception):  # a KeyboardInterrupt goes before the body's error
             self._raise_source_error()
 
     def _raise_source_error(self) -> None:
@@ -522,8 +552,8 @@ class Stream(FanOut, Generic[Out]):
 
     @property
     def in_flight(self) -> int:
-        """How many items are running now."""
-        return self._pulled - self._settled
+        """How many items were pulled and have not ended yet; 0 once the stream is left."""
+        return 0 if self._state == "closed" else self._pulled - self._settled
 
     def _pop(self) -> _Record | None:
         record = self._ready.pop(self._head, None)
@@ -597,8 +627,15 @@ class OutcomeIterator(Generic[Out]):
         return Outcome(*record)
 
 
+def _runtime_error(text: str, cause: BaseException) -> RuntimeError:
+    error = RuntimeError(text)
+    error.__cause__ = cause
+    return error
+
+
 def _check_items(items: object) -> None:
-    if isinstance(items, (AsyncIterable, Iterable)):
+    # iter() takes a class with __getitem__ alone, too, though Iterable does not know it
+    if isinstance(items, (AsyncIterable, Iterable)) or hasattr(type(items), "__getitem__"):
         return
     if asyncio.iscoroutine(items):
         items.close()  # or Python would also warn that it was never awaited

@@ -189,12 +189,11 @@ class Pipeline(Generic[First, Last, ContextT]):
         shared: Any = {} if context is None else context
         clock = asyncio.get_running_loop().time
         started = clock()
-        value, failure = None, None
         try:
             value = await self.run(initial_value, context=shared)
         except Exception as error:
-            failure = error
-        return Outcome(None, initial_value, value, failure, shared, clock() - started)
+            return Outcome(None, initial_value, None, error, shared, clock() - started)
+        return Outcome(None, initial_value, value, None, shared, clock() - started)
 
     @overload
     async def map(
