@@ -44,7 +44,10 @@ def no_leaks(request: pytest.FixtureRequest) -> None:
 
 @pytest_asyncio.fixture
 async def no_tasks_left() -> AsyncIterator[None]:
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, complaint: complaints.append(complaint))
     yield
+    assert not complaints, "a callback failed, or an exception was never retrieved"
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     assert not left, f"the test left tasks behind: {left}"
 

@@ -360,3 +360,14 @@ def test_pickles_by_every_protocol(error: Exception, protocol: int) -> None:
     twin = pickle.loads(pickle.dumps(error, protocol))
     assert type(twin) is type(error)
     assert str(twin) == str(error)
+
+
+def test_an_error_that_cannot_be_shown_is_still_reported() -> None:
+    class Unshowable(Exception):
+        def __repr__(self) -> str:
+            raise AttributeError("half built")
+
+    original = Unshowable()
+    error = StageExecutionError("fetch", original)
+    assert str(error) == "Stage 'fetch' failed: Unshowable"
+    assert error.original_error is original

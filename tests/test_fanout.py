@@ -146,6 +146,26 @@ class TestOrderAndBounds:
         await pipeline_of(remember).map([1, 2, 3], 10_000)
         assert len(names) <= 3
 
+    @pytest.mark.virtual
+    async def test_workers_that_wait_for_their_turn_end_with_the_source(self) -> None:
+        meter = Meter(seconds=0.01)
+        assert await meter.pipeline.map(iter(range(20_000)), 1000) == list(range(20_000))
+        assert meter.most == 1000
+        assert asyncio.get_running_loop().time() == pytest.approx(0.2)
+
+    @pytest.mark.virtual
+    async def test_their_number_doubles_with_each_turn(self) -> None:
+        meter = Meter()
+        turns = 0
+        batch = asyncio.create_task(meter.pipeline.map(itertools.count(), 500))
+        while meter.most < 500:
+            turns += 1
+            await asyncio.sleep(0)
+        batch.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await batch
+        assert turns < 60
+
     async def test_handlers_that_never_suspend_need_few_workers(self) -> None:
         tasks = set()
 
@@ -182,6 +202,21 @@ class TestContexts:
             return list(context)
 
         assert await pipeline_of(fill).map([1, 2, 3]) == [[1], [2], [3]]
+
+    async def test_an_async_generator_keeps_its_own_variables(self) -> None:
+        variable.set("the caller's")
+
+        async def generate() -> AsyncIterator[int]:
+            variable.set("the generator's")
+            for number in range(5):
+                yield number
+
+        async def see(value: int) -> Any:
+            await asyncio.sleep(0)
+            return variable.get()
+
+        assert await pipeline_of(see).map(generate(), 2) == ["the caller's"] * 5
+        assert variable.get() == "the caller's"
 
     @both
     async def test_a_context_that_cannot_be_copied_fails_the_item(self, call: Any) -> None:
@@ -445,11 +480,15 @@ class TestCancellation:
     ) -> None:
         source = Source(range(6), seconds=10)
         caller = asyncio.create_task(call(pipeline_of(suspend), source, concurrency))
+        await asyncio.sleep(5)
         for _ in range(5):
-            await asyncio.sleep(10)
-            for task in asyncio.all_tasks() - source.tasks - {asyncio.current_task(), caller}:
+            idle = asyncio.all_tasks() - source.tasks - {asyncio.current_task(), caller}
+            assert idle
+            for task in idle:
                 task.cancel()
+            await asyncio.sleep(10)
         assert await caller == list(range(6))
+        assert asyncio.get_running_loop().time() == 60, "each item started when it came"
 
     @both
     @pytest.mark.virtual
@@ -539,6 +578,63 @@ class TestOtherBaseExceptions:
 
         with pytest.raises(Alarm, match="first"):
             await call(pipeline_of(handler), range(3), 3)
+
+    async def test_in_a_stream_no_result_comes_after_it(self) -> None:
+        async def handler(value: int) -> int:
+            if value == 2:
+                await asyncio.sleep(0)
+                raise Alarm
+            return value
+
+        async with pipeline_of(handler).stream(range(3), 3) as results:
+            await asyncio.sleep(0.01)
+            with pytest.raises(Alarm):
+                await anext(results)
+
+    @pytest.mark.parametrize("closing", [False, True])
+    async def test_no_error_of_the_body_hides_it(self, closing: bool) -> None:
+        def generate() -> Iterator[int]:
+            try:
+                yield from range(100)
+            finally:
+                if closing:
+                    raise Alarm
+
+        async def handler(value: int) -> int:
+            if not closing:
+                raise Alarm
+            return value
+
+        error = KeyError("the body's")
+        with pytest.raises(Alarm) as caught:
+            async with pipeline_of(handler).stream(generate(), 2):
+                await asyncio.sleep(0.01)
+                raise error
+        assert caught.value.__context__ is error
+
+    @pytest.mark.virtual
+    async def test_an_item_that_fails_in_its_cleanup_does_not_hide_it(self) -> None:
+        async def handler(value: int) -> None:
+            try:
+                await asyncio.sleep(10)
+            finally:
+                raise ValueError
+
+        def generate() -> Iterator[int]:
+            yield from range(3)
+            raise Alarm
+
+        with pytest.raises(Alarm):
+            await pipeline_of(handler).map(generate(), 5)
+
+    async def test_an_iterable_may_raise_it_at_once(self) -> None:
+        class Broken:
+            def __iter__(self) -> Iterator[int]:
+                raise Alarm
+
+        for call in (by_map, by_stream):
+            with pytest.raises(Alarm):
+                await call(pipeline_of(suspend), Broken())
 
     async def test_a_stream_left_before_it_was_seen_raises_it(self) -> None:
         async def handler(value: int) -> int:
@@ -645,14 +741,51 @@ class TestSources:
         with pytest.raises(OSError, match="no socket"):
             await call(pipeline_of(suspend), BrokenAsync())
 
-    @both
-    async def test_a_source_that_raises_cancelled_error(self, call: Any) -> None:
+    async def test_a_source_that_raises_cancelled_error(self) -> None:
         async def source() -> AsyncIterator[int]:
             yield 1
+            yield 2
             raise asyncio.CancelledError
 
         with pytest.raises(asyncio.CancelledError):
-            await call(pipeline_of(suspend), source())
+            await pipeline_of(suspend).map(source())
+        async with pipeline_of(suspend).stream(source()) as results:
+            await asyncio.sleep(0.01)
+            assert [await anext(results), await anext(results)] == [1, 2]
+            with pytest.raises(asyncio.CancelledError):
+                await anext(results)
+
+    @both
+    async def test_a_source_that_raises_stop_async_iteration_does_not_end_in_silence(self, call: Any) -> None:
+        class Wrong:
+            def __iter__(self) -> "Wrong":
+                return self
+
+            def __next__(self) -> int:
+                raise StopAsyncIteration
+
+        with pytest.raises(RuntimeError, match="the source raised StopAsyncIteration"):
+            await call(pipeline_of(suspend), Wrong())
+
+    @both
+    async def test_a_sequence_that_has_only_getitem(self, call: Any) -> None:
+        class Dataset:
+            def __getitem__(self, index: int) -> int:
+                if index == 3:
+                    raise IndexError
+                return index
+
+        assert await call(pipeline_of(suspend), Dataset()) == [0, 1, 2]
+
+    @both
+    async def test_a_bounded_semaphore_that_a_handler_releases_too(self, call: Any) -> None:
+        semaphore = asyncio.BoundedSemaphore(1)
+
+        def release(value: int) -> None:
+            semaphore.release()
+
+        with pytest.raises(ValueError, match="released too many times"):
+            await call(pipeline_of(release), [1, 2], semaphore)
 
     async def test_generators_are_closed_and_files_are_not(self, tmp_path: Any) -> None:
         closed = []
@@ -1102,6 +1235,9 @@ class TestStream:
             assert "3 in flight" in repr(results)
             await asyncio.sleep(100)
             assert results.in_flight == 0
+        async with Meter().pipeline.stream(range(10), 3) as results:
+            await asyncio.sleep(0.5)
+        assert results.in_flight == 0
 
     async def test_nothing_is_opened_before_it_is_entered(self) -> None:
         source = Source(range(3))

@@ -470,6 +470,7 @@ class TestTryRun:
         pipeline: Pipeline[int, int] = Pipeline([Stage("broken", fail)])
         outcome = await pipeline.try_run(1)
         assert not outcome.ok
+        assert outcome.context == {}
         assert isinstance(outcome.error, StageExecutionError)
         assert outcome.value is None
         with pytest.raises(StageExecutionError):

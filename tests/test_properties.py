@@ -245,7 +245,7 @@ class Large:
 
 @pytest.mark.parametrize("hooks", [{}, {"before_stage": lambda name, value: None}], ids=["plain", "hooked"])
 @pytest.mark.parametrize("options", [{}, {"retries": 1}, {"timeout": 5}], ids=["plain", "retries", "timeout"])
-@pytest.mark.parametrize("how", ["run", "map", "return_exceptions", "stream", "outcomes"])
+@pytest.mark.parametrize("how", ["run", "try_run", "map", "return_exceptions", "stream", "outcomes"])
 def test_a_failure_keeps_nothing_alive(hooks: Any, options: Any, how: str) -> None:
     """No reference cycle runs through an error, its traceback and our frames."""
 
@@ -256,6 +256,8 @@ def test_a_failure_keeps_nothing_alive(hooks: Any, options: Any, how: str) -> No
     async def call(pipeline: Pipeline[Any, Any], items: list[Large]) -> None:
         if how == "run":
             await pipeline.run(items[0])
+        elif how == "try_run":
+            await pipeline.try_run(items[0])
         elif how in ("map", "return_exceptions"):
             await pipeline.map(items, return_exceptions=how == "return_exceptions")
         else:

@@ -348,7 +348,8 @@ class FanOut(ABC):
         iterator = None
         try:
             iterator = aiter(items)
-            while await self._is_wanted():
+            while True:
+                await self._until_wanted()
                 item = await anext(iterator)
                 if self._stopping:  # the source answered its cancellation with one more item
                     break
@@ -362,14 +363,11 @@ class FanOut(ABC):
             await self._aclose(iterator)
             self._end()
 
-    async def _is_wanted(self) -> bool:
-        """Wait until a worker is idle and there is room; return False when nothing more is wanted."""
-        while not self._stopping:
-            if self._idle and self._pulled < self._until:
-                return True
+    async def _until_wanted(self) -> None:
+        """Wait until a worker is idle and there is room for one more item."""
+        while not (self._idle and self._pulled < self._until):
             self._pump_waiter = self._loop.create_future()
             await self._pump_waiter
-        return False
 
     def _wake_pump(self) -> None:
         if self._pump_waiter is not None and not self._pump_waiter.done():
