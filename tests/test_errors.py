@@ -363,11 +363,11 @@ def test_pickles_by_every_protocol(error: Exception, protocol: int) -> None:
 
 
 def test_an_error_that_cannot_be_shown_is_still_reported() -> None:
-    class Unshowable(Exception):
+    class UnshowableError(Exception):
         def __repr__(self) -> str:
             raise AttributeError("half built")
 
-    original = Unshowable()
+    original = UnshowableError()
     error = StageExecutionError("fetch", original)
-    assert str(error) == "Stage 'fetch' failed: Unshowable"
+    assert str(error) == "Stage 'fetch' failed: UnshowableError"
     assert error.original_error is original
