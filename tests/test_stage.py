@@ -516,7 +516,7 @@ class TestTimeout:
         assert isinstance(timeout, StageTimeoutError)
         assert timeout.timeout == 2.5
         assert isinstance(timeout.__cause__, TimeoutError)
-        assert isinstance(timeout.__cause__.__cause__, asyncio.CancelledError)
+        assert isinstance(timeout.__cause__.__context__, asyncio.CancelledError)
         assert str(error) == (
             "Stage 'slow' failed: StageTimeoutError(\"no result within the stage's timeout of 2.5 s\")"
         )

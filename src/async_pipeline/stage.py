@@ -165,12 +165,17 @@ class Stage(Generic[In, Out]):
             return result
         if self.timeout is None:
             return await result
+        was_cancelled = False
         try:
             async with asyncio.timeout(self.timeout) as scope:
-                return await result
+                try:
+                    return await result
+                except asyncio.CancelledError:
+                    was_cancelled = True  # early releases of 3.11 give their TimeoutError no cause
+                    raise
         except TimeoutError as error:
             # async with asyncio.timeout(1): ... inside the handler raises TimeoutError too, but not ours
-            if scope.expired() and isinstance(error.__cause__, asyncio.CancelledError):
+            if scope.expired() and (was_cancelled or isinstance(error.__cause__, asyncio.CancelledError)):
                 raise StageTimeoutError(self.timeout) from error
             raise
 
