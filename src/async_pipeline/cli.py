@@ -712,9 +712,11 @@ class _Run:
 
     async def _flush_rest(self) -> None:
         # a run that is stopped keeps what it has, but a reader that stands still must not hold it
-        with contextlib.suppress(_ReaderGoneError, _CommandError, TimeoutError):
-            async with asyncio.timeout(_PATIENCE):
-                await self._flush()
+        # (not asyncio.timeout: early releases of 3.11 raise no TimeoutError in a task that was cancelled)
+        flushing = asyncio.create_task(self._flush())
+        await asyncio.wait({flushing}, timeout=_PATIENCE)
+        flushing.cancel()
+        await asyncio.gather(flushing, return_exceptions=True)
 
     def _kept(self) -> str:
         left = self._output.lines_held
