@@ -408,6 +408,15 @@ class TestCancellation:
             [error] = await outer.map([1], return_exceptions=True)
             assert str(error) == "Stage 'inner/await_cancelled' failed: CancelledError()"
 
+    @pytest.mark.parametrize("hook", ["before_stage", "after_stage"])
+    async def test_a_stray_cancellation_of_a_hook_is_named_by_its_stage(self, hook: str) -> None:
+        async def cancelled(*args: Any) -> None:
+            raise asyncio.CancelledError
+
+        pipeline: Pipeline[int, int] = Pipeline([suspend], **{hook: cancelled})  # type: ignore[arg-type]
+        [error] = await pipeline.map([1], return_exceptions=True)
+        assert str(error) == "Stage 'suspend' failed: CancelledError()"
+
     async def test_a_handler_that_cancels_itself_fails_alone(self) -> None:
         tasks = {}
 

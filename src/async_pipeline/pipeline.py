@@ -176,6 +176,9 @@ class Pipeline(Generic[First, Last, ContextT]):
                         await fired
                 except Exception as error:
                     report(after, name, error)
+                except asyncio.CancelledError as error:
+                    mark_cancelled(error, name, nested=False)
+                    raise
             value = output
         return value
 
