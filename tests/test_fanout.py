@@ -1256,10 +1256,12 @@ class TestStream:
 
     async def test_leaving_at_once_is_fine(self) -> None:
         source = Source(range(3))
-        async with pipeline_of(suspend).stream(source):
+        async with pipeline_of(suspend).stream(source) as results:
             pass
-        async with pipeline_of(suspend).stream(range(3)):
+        assert (source.pulled, results.in_flight) == (0, 0)
+        async with pipeline_of(suspend).stream(range(3)) as results:
             pass
+        assert results.in_flight == 0
 
 
 def aiter_outcomes(stream: Stream[Any]) -> Any:
