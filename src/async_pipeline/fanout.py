@@ -1,6 +1,6 @@
 """The engine under ``map`` and ``stream``: pulls items, bounds them, orders results, closes the source.
 
-A fixed set of workers inside one TaskGroup runs the items; a pool was measured twice as fast as a task
+A fixed set of workers inside one TaskGroup runs the items; a pool was measured nearly twice as fast as a task
 per item. The rules that shape the code:
 
 - Workers never fail: whatever an item raises is recorded, so the TaskGroup only waits and cancels.
@@ -205,7 +205,7 @@ class FanOut(ABC):
             self._finished.set_result(None)
 
     async def _work(self, context: Context) -> None:
-        # one coroutine with the item's run in it: a layer more costs a batch 4 %
+        # one coroutine with the item's run in it: a layer more is paid for at each suspension
         task = cast("asyncio.Task[None]", asyncio.current_task())
         run, make_context, clock, semaphore = self._step.run, self._make_context, self._clock, self._semaphore
         is_timed, variables, size = self._is_timed, self._variables, len(self._variables)
@@ -258,9 +258,9 @@ class FanOut(ABC):
     def _is_soiled(self) -> bool:
         """Tell whether the item changed a context variable, in which case its worker is replaced.
 
-        A fifth of the time that stepping each coroutine inside a Context of its own takes.
+        Measured: 0.25 µs an item with five suspensions; stepping it inside a Context of its own costs 1 µs.
         """
-        for variable, value in self._variables:  # noqa: SIM110 - any() takes three times as long
+        for variable, value in self._variables:  # noqa: SIM110 - any() takes twice as long
             if variable.get(_UNSET) is not value:
                 return True
         return False

@@ -64,7 +64,7 @@ class Step(Protocol[In, Out]):
 
 
 def is_awaitable(value: object) -> bool:
-    """Tell whether ``value`` can be awaited, as ``inspect.isawaitable`` does, in a third of its time."""
+    """Tell whether ``value`` can be awaited, as ``inspect.isawaitable`` does, by the type alone."""
     kind = type(value)
     if kind is GeneratorType:
         return bool(value.gi_code.co_flags & CO_ITERABLE_COROUTINE)  # type: ignore[attr-defined]
