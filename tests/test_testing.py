@@ -83,6 +83,41 @@ def test_far_from_zero_small_steps_are_taken_too() -> None:
     run_virtually(main())
 
 
+def test_a_timer_that_is_set_for_now_again_and_again_does_not_stop_the_clock() -> None:
+    # a rate limiter waits for what a rounding left: 0.30000000000000004 - 0.3 s, which is no time from now
+    async def main() -> float:
+        loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+        turns = 0
+
+        def wait_for_the_rest() -> None:
+            nonlocal turns
+            turns += 1
+            rest = 1e6 + 1e-12 - now()
+            if rest > 0:
+                loop.call_at(now() + rest / 1e6, wait_for_the_rest)
+            else:
+                done.set_result(None)
+
+        await asyncio.sleep(1e6 - 1e-9)
+        wait_for_the_rest()
+        await done
+        assert turns < 1000
+        return now()
+
+    assert run_virtually(main()) == pytest.approx(1e6, abs=1e-6)
+
+
+def test_a_few_timers_for_now_do_not_move_it() -> None:
+    async def main() -> None:
+        for _ in range(60):
+            done = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_at(now(), done.set_result, None)
+            await done
+        assert now() == 0.0
+
+    run_virtually(main())
+
+
 def test_a_deadlock_raises_at_once_and_lists_the_tasks() -> None:
     cleaned = []
 

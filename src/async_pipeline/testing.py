@@ -21,6 +21,9 @@ from .errors import DeadlockError
 
 __all__ = ["VirtualClockLoop"]
 
+# how many turns of the loop may find nothing but a timer that is due, before the clock moves all the same
+_TURNS_AT_ONE_TIME = 64
+
 
 class VirtualClockLoop(asyncio.SelectorEventLoop):
     """An event loop that, when nothing is left to run, moves its clock to the next timer instead of waiting.
@@ -40,6 +43,7 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self._now = 0.0
+        self._turns = 0
         self._pending_calls = 0
         super().__init__(_JumpingSelector(self))
         self._own_files = len(self._files())
@@ -75,8 +79,15 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         # not by select's timeout, which the loop cuts to a day
         self._set_time(self._scheduled[0].when())  # type: ignore[attr-defined]
 
+    def _stand_still(self) -> None:
+        # a rate limiter that waits for the 1e-17 s that a rounding left sets its timer for now, for ever
+        self._turns += not self._ready  # type: ignore[attr-defined]
+        if self._turns > _TURNS_AT_ONE_TIME:
+            self._set_time(self._now + self._clock_resolution)
+
     def _set_time(self, now: float) -> None:
         self._now = now
+        self._turns = 0
         # the loop runs what is due before now + resolution: far from 0, that has to be more than now
         self._clock_resolution = max(1e-9, math.ulp(now))
 
@@ -94,6 +105,7 @@ class _JumpingSelector(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(0)
         if ready or (timeout is not None and timeout <= 0):
+            self._loop._stand_still()
             return ready
         if self._loop._waits_for_the_world():
             return self._wait(timeout)
