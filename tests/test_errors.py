@@ -12,7 +12,10 @@ import pytest
 from async_pipeline import errors
 from async_pipeline.errors import (
     BatchError,
+    CircuitOpenError,
+    DeadlineExceeded,
     DeadlockError,
+    Finish,
     PipelineError,
     StageExecutionError,
     StageTimeoutError,
@@ -44,15 +47,27 @@ def batch_error(*indexes: int) -> BatchError:
     return BatchError({index: stage_error(f"s{index}").of_item(index, "x") for index in indexes}, {0: "done"})
 
 
+ERRORS = [name for name in errors.__all__ if name != "Finish"]
+
+
 class TestFamily:
     def test_every_public_error_is_a_pipeline_error_or_a_timeout(self) -> None:
-        assert len(errors.__all__) == 5
-        for name in errors.__all__:
+        assert len(ERRORS) == 7
+        for name in ERRORS:
             assert issubclass(getattr(errors, name), (PipelineError, TimeoutError)), name
 
     def test_all_are_exceptions_and_none_is_a_cancellation(self) -> None:
-        for name in errors.__all__:
+        for name in ERRORS:
             assert issubclass(getattr(errors, name), Exception), name
+
+    def test_finish_is_no_error(self) -> None:
+        assert issubclass(Finish, BaseException)
+        assert not issubclass(Finish, (Exception, CancelledError))
+
+    def test_the_two_timeouts_are_told_apart(self) -> None:
+        assert issubclass(DeadlineExceeded, TimeoutError)
+        assert not issubclass(DeadlineExceeded, (StageTimeoutError, PipelineError))
+        assert not issubclass(StageTimeoutError, DeadlineExceeded)
 
     def test_a_stage_timeout_is_a_timeout_and_no_pipeline_error(self) -> None:
         assert issubclass(StageTimeoutError, TimeoutError)
@@ -71,6 +86,20 @@ class TestStageExecutionError:
         assert StageExecutionError("fetch", ValueError(), attempts=4).attempts == 4
         with pytest.raises(TypeError):
             StageExecutionError("fetch", ValueError(), 4)  # type: ignore[call-arg]
+
+    @pytest.mark.parametrize(
+        ("attempts", "notes"), [(1, []), (2, ["after 2 attempts"]), (9, ["after 9 attempts"])]
+    )
+    def test_notes_more_attempts_than_one(self, attempts: int, notes: list[str]) -> None:
+        error = StageExecutionError("fetch", ValueError("no"), attempts=attempts)
+        assert getattr(error, "__notes__", []) == notes
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        assert lines[1:] == notes
+
+    def test_a_note_on_a_copy_is_none_on_the_first(self) -> None:
+        error = stage_error(attempts=2)
+        error.within("pages").add_note("in the nightly tests")
+        assert error.__notes__ == ["after 2 attempts"]
 
     def test_within_names_the_pipeline_around_it_and_leaves_the_first_alone(self) -> None:
         error = stage_error("parse", attempts=3)
@@ -116,7 +145,7 @@ class TestStageExecutionError:
         )
         assert repr(twin.original_error) == "ValueError('no')"
         assert twin.__cause__ is twin.original_error
-        assert twin.__notes__ == ["seen on a Monday"]
+        assert twin.__notes__ == ["after 3 attempts", "seen on a Monday"]
 
     @duplicated
     def test_survives_in_a_chain(self, duplicate: Callable[[Any], Any]) -> None:
@@ -156,27 +185,58 @@ class RowError(StageExecutionError):
         self.row = row
 
 
-class TestStageTimeoutError:
-    def test_says_how_long(self) -> None:
-        error = StageTimeoutError(2.5)
+@pytest.mark.parametrize(("kind", "whose"), [(StageTimeoutError, "stage"), (DeadlineExceeded, "run")])
+class TestTimeouts:
+    def test_says_how_long(self, kind: Any, whose: str) -> None:
+        error = kind(2.5)
         assert error.timeout == 2.5
-        assert str(error) == "no result within the stage's timeout of 2.5 s"
+        assert str(error) == f"no result within the {whose}'s timeout of 2.5 s"
 
     @duplicated
-    def test_survives(self, duplicate: Callable[[Any], Any]) -> None:
-        twin = duplicate(StageTimeoutError(2.5))
-        assert type(twin) is StageTimeoutError
+    def test_survives(self, kind: Any, whose: str, duplicate: Callable[[Any], Any]) -> None:
+        twin = duplicate(kind(2.5))
+        assert type(twin) is kind
         assert twin.timeout == 2.5
-        assert str(twin) == "no result within the stage's timeout of 2.5 s"
+        assert str(twin) == f"no result within the {whose}'s timeout of 2.5 s"
 
     @duplicated
-    def test_survives_with_its_cause_and_notes(self, duplicate: Callable[[Any], Any]) -> None:
-        error = StageTimeoutError(2.5)
+    def test_survives_with_its_cause_and_notes(
+        self, kind: Any, whose: str, duplicate: Callable[[Any], Any]
+    ) -> None:
+        error = kind(2.5)
         error.__cause__ = CancelledError("ours")
         error.add_note("on the third mirror")
         twin = duplicate(error)
         assert isinstance(twin.__cause__, CancelledError)
         assert twin.__notes__ == ["on the third mirror"]
+
+
+class TestCircuitOpenError:
+    def test_says_which_stage_and_how_long(self) -> None:
+        error = CircuitOpenError("fetch", 12.3456)
+        assert (error.stage_name, error.retry_after) == ("fetch", 12.3456)
+        assert str(error) == "the circuit of stage 'fetch' is open for another 12.3 s"
+        text = "the circuit of stage 'fetch' is open until the call that tries it ends"
+        assert str(CircuitOpenError("fetch", 0)) == text
+
+    @duplicated
+    def test_survives(self, duplicate: Callable[[Any], Any]) -> None:
+        twin = duplicate(CircuitOpenError("fetch", 12.5))
+        assert type(twin) is CircuitOpenError
+        assert (twin.stage_name, twin.retry_after) == ("fetch", 12.5)
+
+
+class TestFinish:
+    def test_has_a_value(self) -> None:
+        assert Finish(3).value == 3
+        assert Finish().value is None
+        assert repr(Finish([1])) == "Finish([1])"
+
+    @duplicated
+    def test_survives(self, duplicate: Callable[[Any], Any]) -> None:
+        twin = duplicate(Finish([1]))
+        assert type(twin) is Finish
+        assert twin.value == [1]
 
 
 class TestBatchError:
@@ -325,35 +385,28 @@ class TestDeadlockError:
 
 
 class TestCancelledIn:
-    def test_the_stage_that_a_cancellation_left(self) -> None:
-        error = CancelledError()
-        assert cancelled_in(error, "pipeline") == "pipeline"
-        mark_cancelled(error, "fetch", nested=False)
-        assert cancelled_in(error, "pipeline") == "fetch"
+    def test_nothing_noted(self) -> None:
+        assert cancelled_in(CancelledError()) is None
 
-    def test_each_pipeline_around_it_is_named(self) -> None:
+    def test_the_stage_that_a_cancellation_left_and_its_attempts(self) -> None:
         error = CancelledError()
-        mark_cancelled(error, "fetch", nested=False)
-        mark_cancelled(error, "pages", nested=True)
-        mark_cancelled(error, "site", nested=True)
-        assert cancelled_in(error, "pipeline") == "site/pages/fetch"
-
-    def test_a_nested_pipeline_of_which_no_stage_was_left(self) -> None:
-        error = CancelledError()
-        mark_cancelled(error, "pages", nested=True)
-        assert cancelled_in(error, "pipeline") == "pages"
-
-    def test_a_cancellation_that_comes_by_again_is_named_anew(self) -> None:
-        error = CancelledError()
-        mark_cancelled(error, "fetch", nested=False)
-        mark_cancelled(error, "save", nested=False)
-        assert cancelled_in(error, "pipeline") == "save"
+        mark_cancelled(error, "fetch")
+        assert cancelled_in(error) == ("fetch", 1)
+        mark_cancelled(error, "pages/fetch", 3)
+        assert cancelled_in(error) == ("pages/fetch", 3)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize(
     "error",
-    [stage_error(), StageTimeoutError(1), batch_error(1), DeadlockError([])],
+    [
+        stage_error(),
+        StageTimeoutError(1),
+        DeadlineExceeded(1),
+        CircuitOpenError("a", 1),
+        batch_error(1),
+        DeadlockError([]),
+    ],
     ids=lambda e: type(e).__name__,
 )
 def test_pickles_by_every_protocol(error: Exception, protocol: int) -> None:

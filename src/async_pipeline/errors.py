@@ -1,4 +1,4 @@
-"""Every error that the library raises on purpose.
+"""Every error that the library raises on purpose, and :class:`Finish`, which is none.
 
 Each is a :class:`PipelineError` or a :class:`TimeoutError`, builds its own message, and survives
 ``pickle`` and ``copy`` with its attributes and its ``__cause__``.
@@ -9,7 +9,16 @@ from asyncio import CancelledError
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["BatchError", "DeadlockError", "PipelineError", "StageExecutionError", "StageTimeoutError"]
+__all__ = [
+    "BatchError",
+    "CircuitOpenError",
+    "DeadlineExceeded",
+    "DeadlockError",
+    "Finish",
+    "PipelineError",
+    "StageExecutionError",
+    "StageTimeoutError",
+]
 
 
 class PipelineError(Exception):
@@ -23,9 +32,11 @@ class StageExecutionError(PipelineError):
 
     Attributes:
         stage_name: the stage's name; ``outer/inner`` for a stage of a nested pipeline.
-        original_error: the handler's last error; a :class:`StageTimeoutError` when its time ran out;
-            in a batch also a :class:`asyncio.CancelledError` that nobody asked for.
-        attempts: how many attempts were made, the first included.
+        original_error: the handler's last error; a :class:`StageTimeoutError` when an attempt's time ran
+            out, a :class:`DeadlineExceeded` when the run's did; in a batch also a
+            :class:`asyncio.CancelledError` that nobody asked for.
+        attempts: how many attempts were made, the first included; more than one are noted below the
+            message in a traceback.
         item_index: in a batch, the item's index, counted from 0; else ``None``.
         item: in a batch, the item; else ``None``.
     """
@@ -37,6 +48,8 @@ class StageExecutionError(PipelineError):
         self.attempts = attempts
         self.item_index: int | None = None
         self.item: Any = None
+        if attempts > 1:
+            self.add_note(f"after {attempts} attempts")
 
     def within(self, outer: str) -> "StageExecutionError":
         """Return a copy that names the stage as part of ``outer``, the pipeline around it."""
@@ -69,6 +82,8 @@ def _rebuild(
     # neither pickle nor copy keeps __cause__, and a subclass may have another __init__
     error = cls.__new__(cls, *args)
     error.__dict__.update(state)
+    if "__notes__" in state:
+        error.__notes__ = list(state["__notes__"])  # or a note on a copy would be one on the original
     error.__cause__ = error.original_error
     return error
 
@@ -78,7 +93,18 @@ def _state(error: BaseException) -> dict[str, Any]:
     return error.__dict__ | {"__cause__": error.__cause__}
 
 
-class StageTimeoutError(TimeoutError):
+class _TimeoutError(TimeoutError):
+    _whose = ""
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(f"no result within the {self._whose} timeout of {timeout} s")
+        self.timeout = timeout
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.timeout,), _state(self)
+
+
+class StageTimeoutError(_TimeoutError):
     """An attempt took longer than its stage's ``timeout``; give the stage more time, or retry it.
 
     Only the library raises it, so a :class:`TimeoutError` of the handler's own stays distinguishable.
@@ -87,12 +113,40 @@ class StageTimeoutError(TimeoutError):
         timeout: the stage's timeout in seconds.
     """
 
-    def __init__(self, timeout: float) -> None:
-        super().__init__(f"no result within the stage's timeout of {timeout} s")
-        self.timeout = timeout
+    _whose = "stage's"
+
+
+class DeadlineExceeded(_TimeoutError):  # noqa: N818 - the name it has in gRPC
+    """A run took longer than the ``timeout`` it was given, over all its stages, attempts and sleeps.
+
+    It is the ``original_error`` of a :class:`StageExecutionError` that names the stage in which the time
+    ran out. Inside the run it looks like a cancellation, so no retry and no ``on_error`` outlives it.
+
+    Attributes:
+        timeout: the run's timeout in seconds.
+    """
+
+    _whose = "run's"
+
+
+class CircuitOpenError(PipelineError):
+    """A stage was not called, because it has failed too often; try again later.
+
+    From :class:`~async_pipeline.middlewares.CircuitBreakerMiddleware`.
+
+    Attributes:
+        stage_name: the stage.
+        retry_after: seconds until the circuit lets a call through; 0 while another call is trying it.
+    """
+
+    def __init__(self, stage_name: str, retry_after: float) -> None:
+        wait = f"for another {retry_after:.3g} s" if retry_after > 0 else "until the call that tries it ends"
+        super().__init__(f"the circuit of stage {stage_name!r} is open {wait}")
+        self.stage_name = stage_name
+        self.retry_after = retry_after
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.timeout,), _state(self)
+        return type(self), (self.stage_name, self.retry_after), _state(self)
 
 
 class BatchError(ExceptionGroup[Exception], PipelineError):
@@ -156,15 +210,36 @@ class DeadlockError(PipelineError):
         return type(self), (self.tasks,), _state(self)
 
 
+class Finish(BaseException):
+    """Raise it in a handler to end the run now, with ``value`` as its result.
+
+    >>> def known(user):
+    ...     if user["id"] in seen:
+    ...         raise Finish(user)                   # no further stage runs, and nothing has failed
+
+    It ends the whole run of the item from any depth, and is neither retried nor cached nor seen by
+    ``on_error``; hooks see ``value`` as the stage's output. It is a ``BaseException``, so that no
+    ``except Exception`` on its way takes it for an error. ``Stage.run``, ``Pipeline.run`` and a step with
+    a ``run`` of its own that calls one of these return the value.
+
+    Attributes:
+        value: the result of the run, or in ``map`` and ``stream`` of the item; ``None`` by default.
+    """
+
+    def __init__(self, value: Any = None) -> None:
+        super().__init__(value)
+        self.value = value
+
+
 _WHERE = "_async_pipeline_stage"
 
 
-def mark_cancelled(error: CancelledError, stage_name: str, *, nested: bool) -> None:
-    """Note on a cancellation which stage it left, for the case that a batch has to report it as a failure."""
-    inner = getattr(error, _WHERE, None) if nested else None
-    setattr(error, _WHERE, f"{stage_name}/{inner}" if inner else stage_name)
+def mark_cancelled(error: CancelledError, stage_name: str, attempts: int = 1) -> None:
+    """Note on a cancellation which stage it left, in case that it has to be reported as a failure."""
+    setattr(error, _WHERE, (stage_name, attempts))
 
 
-def cancelled_in(error: CancelledError, default: str) -> str:
-    """Return the stage that the cancellation left; ``default`` when it left none."""
-    return str(getattr(error, _WHERE, default))
+def cancelled_in(error: CancelledError) -> tuple[str, int] | None:
+    """Return the path of the stage that the cancellation left, and the attempts made there, if noted."""
+    where: tuple[str, int] | None = getattr(error, _WHERE, None)
+    return where
