@@ -1038,7 +1038,7 @@ class TestMap:
 
     async def test_a_run_of_a_subclass_is_what_map_calls(self) -> None:
         class Doubled(Pipeline[int, int]):
-            async def run(self, initial_value: int, *, context: Any = None) -> int:
+            async def run(self, initial_value: int, *, context: Any = None, **options: Any) -> int:
                 return 2 * await super().run(initial_value, context=context)
 
         assert await Doubled([suspend]).map([1, 2]) == [2, 4]

@@ -2,16 +2,28 @@
 
 import asyncio
 import functools
+import gc
 import logging
+import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 from uuid import UUID
 
 import pytest
 
-from async_pipeline import Outcome, Pipeline, Stage, StageExecutionError, StageTimeoutError
+from async_pipeline import (
+    BatchError,
+    DeadlineExceeded,
+    Finish,
+    Outcome,
+    Pipeline,
+    Stage,
+    StageExecutionError,
+    StageTimeoutError,
+)
 from tests.helpers import run_virtually
 
 HOOKS: list[dict[str, Any]] = [{}, {"before_stage": lambda name, value: None}]
@@ -453,7 +465,498 @@ class TestMiddlewares:
             Pipeline([double], middlewares=[middleware])
 
 
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+class Sleep:
+    """A handler that takes its time, and counts its calls."""
+
+    def __init__(self, seconds: float, error: BaseException | None = None) -> None:
+        self.seconds = seconds
+        self.error = error
+        self.calls = 0
+
+    async def __call__(self, value: Any) -> Any:
+        self.calls += 1
+        await asyncio.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+        return value
+
+
+async def stubborn(value: Any) -> Any:
+    """Answer a cancellation, five seconds later, with a value."""
+    try:
+        await asyncio.sleep(3600)
+    except asyncio.CancelledError:
+        await asyncio.sleep(5)
+    return value
+
+
+async def failure_of(pipeline: Pipeline[Any, Any], **options: Any) -> StageExecutionError:
+    with pytest.raises(StageExecutionError) as caught:
+        await pipeline.run(1, **options)
+    assert caught.value.__cause__ is caught.value.original_error
+    return caught.value
+
+
+async def exceeded(pipeline: Pipeline[Any, Any], timeout: float) -> tuple[str, int, float]:
+    """The stage that the deadline names, its attempts, and the time of the end."""
+    error = await failure_of(pipeline, timeout=timeout)
+    assert isinstance(error.original_error, DeadlineExceeded)
+    assert error.original_error.timeout == timeout
+    task: Any = asyncio.current_task()
+    assert task.cancelling() == 0
+    return error.stage_name, error.attempts, now()
+
+
+@pytest.mark.virtual
+class TestTimeout:
+    """A run's ``timeout``: one budget over all stages, attempts, sleeps and hooks."""
+
+    async def test_ends_the_run_exactly_then_and_names_the_stage(self) -> None:
+        first, second, third = Sleep(2), Sleep(2), Sleep(2)
+        pipeline = Pipeline([Stage("a", first), Stage("b", second), Stage("c", third)])
+        assert await exceeded(pipeline, 3) == ("b", 1, 3)
+        assert (first.calls, second.calls, third.calls) == (1, 1, 0)
+
+    async def test_leaves_a_faster_run_alone(self) -> None:
+        assert await Pipeline([Sleep(1), Sleep(1)]).run(7, timeout=2.5) == 7
+        assert now() == 2
+
+    async def test_is_one_for_all_attempts_and_sleeps(self) -> None:
+        down = Sleep(1, ConnectionError())
+        pipeline = Pipeline([Stage("a", down, retries=9, retry_delay=1)])
+        assert await exceeded(pipeline, 4.5) == ("a", 3, 4.5)
+        assert down.calls == 3
+
+    async def test_a_sleep_that_does_not_fit_is_not_begun(self) -> None:
+        down = ConnectionError("down")
+        stage = Stage("a", Sleep(1, down), retries=9, retry_delay=2, backoff="exponential")
+        error = await failure_of(Pipeline([stage]), timeout=8)
+        assert (error.original_error, error.attempts) == (down, 2)
+        assert now() == 4, (
+            "attempts from 0 to 1 and from 3 to 4, and then a sleep of 4 would last till the end"
+        )
+
+    async def test_a_sleep_counts_what_earlier_stages_took(self) -> None:
+        stage = Stage("b", Sleep(0, ConnectionError()), retries=9, retry_delay=2)
+        assert (await failure_of(Pipeline([Sleep(5), stage]), timeout=8)).attempts == 2
+        assert now() == 7
+
+    async def test_an_exact_delay_is_bounded_by_it(self) -> None:
+        stage = Stage("a", Sleep(1, ConnectionError()), retries=9, retry_on=lambda error: 60)
+        assert (await failure_of(Pipeline([stage]), timeout=60)).attempts == 1
+        assert now() == 1
+
+    async def test_on_error_gets_the_last_error_when_no_sleep_fits(self) -> None:
+        down = ConnectionError("down")
+        stage = Stage("a", Sleep(1, down), retries=9, retry_delay=60, on_error=lambda value, error: error)
+        assert await Pipeline([stage]).run(1, timeout=10) is down
+        assert now() == 1
+
+    async def test_on_error_is_not_asked_when_the_time_is_up(self) -> None:
+        stage = Stage("a", Sleep(60), on_error=lambda value, error: 1 / 0)
+        assert await exceeded(Pipeline([stage]), 2) == ("a", 1, 2)
+
+    async def test_covers_on_error(self) -> None:
+        async def slow(value: Any, error: Exception) -> None:
+            await asyncio.sleep(60)
+
+        stage = Stage("a", Sleep(1, ValueError()), retries=1, on_error=slow)
+        assert await exceeded(Pipeline([stage]), 5) == ("a", 2, 5)
+
+    async def test_covers_waiting_for_a_limiter(self) -> None:
+        limiter = asyncio.Semaphore(1)
+        async with limiter:
+            assert await exceeded(Pipeline([Stage("a", Sleep(1), limiter=limiter)]), 5) == ("a", 1, 5)
+
+    @pytest.mark.parametrize("hook", ["before_stage", "after_stage"])
+    async def test_covers_hooks(self, hook: Any) -> None:
+        async def slow(name: str, *_: Any) -> None:
+            if name == "b":
+                await asyncio.sleep(60)
+
+        stages = [Stage("a", Sleep(1)), Stage("b", Sleep(1)), Stage("c", Sleep(1))]
+        hooks: dict[str, Any] = {hook: slow}
+        assert await exceeded(Pipeline(stages, **hooks), 5) == ("b", 1, 5)
+
+    async def test_covers_middlewares(self) -> None:
+        async def slow(next_stage: Any, name: str, value: Any, context: Any) -> Any:
+            await asyncio.sleep(2)
+            return await next_stage(value)
+
+        stages = [Stage("a", double), Stage("b", double), Stage("c", double)]
+        assert await exceeded(Pipeline(stages, middlewares=[slow]), 3) == ("b", 1, 3)
+
+    async def test_reaches_retries_below_a_middleware(self) -> None:
+        async def bare(next_stage: Any, name: str, value: Any, context: Any) -> Any:
+            return await next_stage(value)
+
+        stage = Stage("a", Sleep(1, ConnectionError()), retries=9, retry_delay=3)
+        error = await failure_of(Pipeline([stage], middlewares=[bare]), timeout=6)
+        assert (error.attempts, now()) == (2, 5)
+
+    async def test_counts_the_attempts_however_it_ends(self) -> None:
+        async def late(value: Any) -> Any:
+            if now() < 1:
+                await asyncio.sleep(1)
+                raise ConnectionError
+            return await stubborn(value)
+
+        async def slow(name: str, value: Any, output: Any, error: Any) -> None:
+            await asyncio.sleep(60)
+
+        twice: Stage[Any, Any] = Stage("twice", late, retries=3)
+        assert await exceeded(Pipeline([twice, double]), 3) == ("twice", 2, 8)
+        flaky = twice.replace(handler=Mock(side_effect=[ValueError(), 1]), pass_context=False)
+        assert await exceeded(Pipeline([flaky, double], after_stage=slow), 3) == ("twice", 2, 11)
+
+    async def test_a_before_hook_that_swallows_its_cancellation_is_the_last_one(self) -> None:
+        seen: list[Any] = []
+
+        async def slow(name: str, value: Any) -> None:
+            await stubborn(value)
+
+        def after(name: str, value: Any, output: Any, error: BaseException | None) -> None:
+            seen.append(type(error))
+
+        pipeline = Pipeline([Stage("a", never)], before_stage=slow, after_stage=after)
+        assert await exceeded(pipeline, 3) == ("a", 1, 8)
+        assert seen == [StageExecutionError]
+
+    async def test_names_a_nested_stage_by_its_path(self) -> None:
+        inner = Pipeline([Sleep(1), Stage("slow", Sleep(60), retries=1)], name="inner")
+        outer = Pipeline([Pipeline([inner], name="middle")])
+        assert await exceeded(outer, 5) == ("middle/inner/slow", 1, 5)
+
+    async def test_reaches_retries_of_a_nested_pipeline(self) -> None:
+        inner = Pipeline([Stage("a", Sleep(1, ConnectionError()), retries=9, retry_delay=3)], name="inner")
+        error = await failure_of(Pipeline([inner]), timeout=6)
+        assert (error.stage_name, error.attempts, now()) == ("inner/a", 2, 5)
+
+    async def test_reaches_retries_of_a_subclass_without_a_run_of_its_own(self) -> None:
+        class Named(Stage[Any, Any]):
+            pass
+
+        error = await failure_of(
+            Pipeline([Named("a", Sleep(1, ConnectionError()), retries=9, retry_delay=3)]), timeout=6
+        )
+        assert (error.attempts, now()) == (2, 5)
+
+    async def test_looks_like_a_cancellation_inside(self) -> None:
+        seen: list[Any] = []
+
+        async def handler(value: Any) -> None:
+            try:
+                await asyncio.sleep(60)
+            except BaseException as error:
+                seen.append(type(error))
+                raise
+
+        def after(name: str, value: Any, output: Any, error: BaseException | None) -> None:
+            seen.append((name, output, type(error)))
+
+        await failure_of(Pipeline([Stage("a", handler, retries=3)], after_stage=after), timeout=5)
+        assert seen == [asyncio.CancelledError, ("a", None, asyncio.CancelledError)]
+
+    async def test_the_three_kinds_of_timeout_are_told_apart(self) -> None:
+        slow: Stage[Any, Any] = Stage("slow", Sleep(60))
+        texts = []
+        for pipeline, kind in [
+            (Pipeline([slow]), DeadlineExceeded),
+            (Pipeline([slow.replace(timeout=2)]), StageTimeoutError),
+            (Pipeline([slow.replace(handler=Sleep(1, TimeoutError("socket")))]), TimeoutError),
+        ]:
+            error = await failure_of(pipeline, timeout=5)
+            assert type(error.original_error) is kind
+            texts.append(str(error))
+        assert texts == [
+            "Stage 'slow' failed: DeadlineExceeded(\"no result within the run's timeout of 5 s\")",
+            "Stage 'slow' failed: StageTimeoutError(\"no result within the stage's timeout of 2 s\")",
+            "Stage 'slow' failed: TimeoutError('socket')",
+        ]
+
+    async def test_at_the_same_moment_as_a_stages_timeout_the_deadline_wins_or_its_last_attempt_failed(
+        self,
+    ) -> None:
+        error = await failure_of(Pipeline([Stage("a", Sleep(60), timeout=5, retries=3)]), timeout=5)
+        assert isinstance(error.original_error, (DeadlineExceeded, StageTimeoutError))
+        assert (error.attempts, now()) == (1, 5)
+
+    async def test_an_error_that_a_cancelled_handler_raises_is_its_own_and_not_tried_again(self) -> None:
+        async def handler(value: Any) -> None:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                raise ConnectionError("closed") from None
+
+        error = await failure_of(Pipeline([Stage("a", handler, retries=3)]), timeout=5)
+        assert (repr(error.original_error), error.attempts) == ("ConnectionError('closed')", 1)
+        task: Any = asyncio.current_task()
+        assert (now(), task.cancelling()) == (5, 0)
+
+    async def test_a_late_value_of_the_last_stage_is_a_value(self) -> None:
+        assert await Pipeline([stubborn]).run(7, timeout=3) == 7
+        assert now() == 8
+
+    async def test_no_stage_begins_after_it(self) -> None:
+        last = Sleep(0)
+        assert await exceeded(Pipeline([double, stubborn, last]), 3) == ("stubborn", 1, 8)
+        assert await exceeded(Pipeline([Pipeline([stubborn, last], name="in"), last]), 3) == (
+            "in/stubborn",
+            1,
+            16,
+        )
+        assert await exceeded(Pipeline([Pipeline([last, stubborn], name="in"), last]), 3) == ("in", 1, 24)
+        assert last.calls == 1
+
+    async def test_a_stage_that_blocks_the_loop_is_the_last_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loop: Any = asyncio.get_running_loop()
+
+        def block(value: Any) -> Any:
+            loop._set_time(loop.time() + 10)
+            return value
+
+        last = Sleep(0)
+        assert await exceeded(Pipeline([Stage("block", block), last]), 3) == ("block", 1, 10)
+        assert await Pipeline([block]).run(7, timeout=3) == 7
+        assert last.calls == 0
+
+    async def test_a_timeout_error_of_a_middleware_stays_what_it_is(self) -> None:
+        mine = TimeoutError("mine")
+
+        async def stubborn_middleware(next_stage: Any, name: str, value: Any, context: Any) -> Any:
+            try:
+                return await next_stage(value)
+            except asyncio.CancelledError:
+                raise mine from None
+
+        with pytest.raises(TimeoutError) as caught:
+            await Pipeline([Sleep(60)], middlewares=[stubborn_middleware]).run(1, timeout=3)
+        assert caught.value is mine
+
+    async def test_a_cancellation_from_outside_is_a_cancellation(self) -> None:
+        task = asyncio.create_task(Pipeline([Sleep(60)]).run(1, timeout=30))
+        await asyncio.sleep(5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def test_an_outer_timeout_is_the_callers(self) -> None:
+        with pytest.raises(TimeoutError) as caught:
+            async with asyncio.timeout(2):
+                await Pipeline([Sleep(60)]).run(1, timeout=5)
+        assert type(caught.value) is TimeoutError
+
+    async def test_a_run_inside_a_handler_has_its_own(self) -> None:
+        inner = Pipeline([Stage("deep", Sleep(60))])
+
+        async def handler(value: Any) -> Any:
+            return await inner.run(value, timeout=2)
+
+        error = await failure_of(Pipeline([handler]), timeout=5)
+        assert error.stage_name == "handler"
+        assert isinstance(error.original_error, StageExecutionError)
+        assert isinstance(error.original_error.original_error, DeadlineExceeded)
+        assert now() == 2
+        assert await exceeded(Pipeline([Stage("outer", lambda value: inner.run(value, timeout=9))]), 3) == (
+            "outer",
+            1,
+            5,
+        )
+
+    async def test_a_step_with_a_run_of_its_own_is_cut_short_as_well(self) -> None:
+        class Own:
+            name = "own"
+
+            async def run(self, value: Any, *, context: Any = None) -> Any:
+                await asyncio.sleep(60)
+
+        assert await exceeded(Pipeline([Own()]), 5) == ("own", 1, 5)
+
+    async def test_try_run_has_one(self) -> None:
+        outcome = await Pipeline([Sleep(60)]).try_run(1, timeout=5)
+        assert isinstance(outcome.error, StageExecutionError)
+        assert isinstance(outcome.error.original_error, DeadlineExceeded)
+        assert outcome.duration == 5
+
+    async def test_in_a_map_each_item_has_its_own(self) -> None:
+        async def work(seconds: float) -> float:
+            await asyncio.sleep(seconds)
+            return seconds
+
+        results = await Pipeline([work]).map([2, 9, 4, 9], 1, timeout=5, return_exceptions=True)
+        assert now() == 2 + 5 + 4 + 5
+        assert (results[0], results[2]) == (2, 4)
+        for index in (1, 3):
+            error: Any = results[index]
+            assert (error.item_index, error.item, error.stage_name) == (index, 9, "work")
+            assert isinstance(error.original_error, DeadlineExceeded)
+        with pytest.raises(BatchError) as caught:
+            await Pipeline([work]).map([2, 9, 4, 9], 4, timeout=5)
+        assert caught.value.results == {0: 2, 2: 4}
+        assert set(caught.value.failures) <= {1, 3}
+
+    async def test_in_a_stream_each_item_has_its_own(self) -> None:
+        async def work(seconds: float) -> float:
+            await asyncio.sleep(seconds)
+            return seconds
+
+        async with Pipeline([work]).stream([2, 9, 4], 1, timeout=5) as results:
+            outcomes = [outcome async for outcome in results.outcomes()]
+        assert [outcome.value for outcome in outcomes] == [2, None, 4]
+        assert [outcome.duration for outcome in outcomes] == [2, 5, 4]
+        assert isinstance(cast(Any, outcomes[1].error).original_error, DeadlineExceeded)
+
+    @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, True])
+    async def test_a_wrong_value(self, value: Any) -> None:
+        pipeline = Pipeline([double])
+        with pytest.raises(ValueError, match=r"^timeout must be "):
+            await pipeline.run(1, timeout=value)
+        with pytest.raises(ValueError, match=r"^timeout must be "):
+            await pipeline.map([1], timeout=value)
+        with pytest.raises(ValueError, match=r"^timeout must be "):
+            pipeline.stream([1], timeout=value)
+
+    async def test_a_wrong_type(self) -> None:
+        with pytest.raises(TypeError, match=r"^timeout must be a number of seconds, not '5' \(str\)$"):
+            await Pipeline([double]).run(1, timeout=cast(Any, "5"))
+
+    def test_a_failure_keeps_nothing_alive(self) -> None:
+        class Large:
+            pass
+
+        async def main() -> None:
+            large = Large()
+            reference = weakref.ref(large)
+            for pipeline in (Pipeline([Sleep(60)]), Pipeline([stubborn, double])):
+                await pipeline.try_run(large, timeout=1)
+            del large
+            assert reference() is None
+
+        gc.collect()
+        gc.disable()
+        try:
+            run_virtually(main())
+        finally:
+            gc.enable()
+
+
+def finish(value: Any) -> Any:
+    raise Finish(("finished", value))
+
+
+async def finish_later(value: Any) -> Any:
+    await asyncio.sleep(0)
+    raise Finish(("finished", value))
+
+
+def never(value: Any) -> Any:
+    raise AssertionError(value)
+
+
+class TestFinish:
+    @pytest.mark.parametrize("hooks", HOOKS)
+    @pytest.mark.parametrize("handler", [finish, finish_later])
+    @pytest.mark.parametrize("options", [{}, {"retries": 3}, {"timeout": 5}])
+    async def test_ends_the_run_with_its_value(self, handler: Any, options: Any, hooks: Any) -> None:
+        pipeline = Pipeline([double, Stage("finish", handler, **options), never], **hooks)
+        assert await pipeline.run(1) == ("finished", 2)
+        assert await pipeline.run(1, timeout=60) == ("finished", 2)
+        outcome = await pipeline.try_run(1)
+        assert (outcome.ok, outcome.value) == (True, ("finished", 2))
+
+    @pytest.mark.parametrize("hooks", HOOKS)
+    async def test_ends_the_run_from_any_depth(self, hooks: Any) -> None:
+        class Named(Stage[Any, Any]):
+            pass
+
+        for step in (finish, Named("finish", finish)):
+            inner = Pipeline([Pipeline([step, never], name="deep"), never], **hooks)
+            assert await Pipeline([inner, never], **hooks).run(1) == ("finished", 1)
+            assert await Pipeline([inner, never], middlewares=[passing]).run(1) == ("finished", 1)
+
+    async def test_is_an_items_result(self) -> None:
+        def odd(value: int) -> int:
+            if value % 2:
+                raise Finish(-value)
+            return value
+
+        pipeline = Pipeline([odd, double])
+        assert await pipeline.map(range(5)) == [0, -1, 4, -3, 8]
+        async with pipeline.stream(range(5)) as results:
+            assert [(outcome.value, outcome.ok) async for outcome in results.outcomes()] == [
+                (0, True),
+                (-1, True),
+                (4, True),
+                (-3, True),
+                (8, True),
+            ]
+
+    async def test_hooks_see_its_value_as_output(self) -> None:
+        log = Log()
+        inner = Pipeline([finish, never], name="inner", after_stage=log.after)
+        await Pipeline([inner, never], before_stage=log.before, after_stage=log.after).run(1)
+        output = ("finished", 1)
+        assert log.events == [
+            ("before", "inner", 1),
+            ("after", "finish", 1, output, None),
+            ("after", "inner", 1, output, None),
+        ]
+
+    async def test_a_hook_and_a_middleware_may_raise_it(self) -> None:
+        async def middleware(next_stage: Any, name: str, value: Any, context: Any) -> Any:
+            raise Finish("early")
+
+        def before(name: str, value: Any) -> None:
+            raise Finish("early")
+
+        assert await Pipeline([never], middlewares=[middleware]).run(1) == "early"
+        assert await Pipeline([never], before_stage=before).run(1) == "early"
+
+    async def test_no_except_exception_on_its_way_stops_it(self) -> None:
+        async def careless(next_stage: Any, name: str, value: Any, context: Any) -> Any:
+            try:
+                return await next_stage(value)
+            except Exception:
+                return "swallowed"
+
+        assert await Pipeline([finish, never], middlewares=[careless]).run(1) == ("finished", 1)
+
+    async def test_a_run_inside_a_handler_ends_alone(self) -> None:
+        inner = Pipeline([finish, never])
+
+        async def handler(value: Any) -> Any:
+            return await inner.run(value)
+
+        assert await Pipeline([handler, lambda value: [value]]).run(1) == [("finished", 1)]
+
+    async def test_a_step_with_a_run_of_its_own_returns_what_that_returns(self) -> None:
+        class Loud(Stage[Any, Any]):
+            async def run(self, value: Any, *, context: Any = None) -> Any:
+                return await super().run(value, context=context)
+
+        assert await Pipeline([Loud("finish", finish), lambda value: [value]]).run(1) == [("finished", 1)]
+
+
+async def passing(next_stage: Any, name: str, value: Any, context: Any) -> Any:
+    return await next_stage(value)
+
+
 class TestTryRun:
+    async def test_a_subclass_may_have_a_run_without_a_timeout(self) -> None:
+        class Old(Pipeline[Any, Any]):
+            async def run(self, initial_value: Any, *, context: Any = None) -> Any:  # type: ignore[override]
+                return await super().run(initial_value, context=context)
+
+        assert (await Old([double]).try_run(1)).value == 2
+        assert await Old([double]).map([1, 2]) == [2, 4]
+        assert await Pipeline([Old([double])]).run(1, timeout=5) == 2
+
     @pytest.mark.virtual
     async def test_a_value_becomes_an_outcome(self) -> None:
         async def sleep(value: int, context: Any) -> int:

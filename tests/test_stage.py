@@ -7,25 +7,37 @@ import copy
 import functools
 import gc
 import inspect
+import itertools
 import math
 import operator
 import pickle
 import sys
+import threading
 import types
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 from unittest.mock import AsyncMock, Mock
 
 import pytest
+from aiolimiter import AsyncLimiter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_pipeline import PipelineError, Stage, StageExecutionError, StageTimeoutError, staged
+from async_pipeline import (
+    Finish,
+    Pipeline,
+    PipelineError,
+    RetryBudget,
+    Stage,
+    StageExecutionError,
+    StageTimeoutError,
+    staged,
+)
 from async_pipeline import stage as stage_module
 from async_pipeline.stage import StageOptions, callable_name
-from tests.helpers import run_virtually
+from tests.helpers import Meter, run_virtually
 
 
 def same(value: Any) -> Any:
@@ -80,6 +92,8 @@ class TestArguments:
         stage: Stage[Any, Any] = Stage("fetch", same)
         assert (stage.name, stage.handler) == ("fetch", same)
         assert (stage.timeout, stage.retries, stage.retry_delay) == (None, 0, 0.0)
+        assert (stage.max_delay, stage.jitter, stage.retry_on) == (None, 0.0, Exception)
+        assert (stage.executor, stage.limiter, stage.on_error, stage.retry_budget) == (None,) * 4
         assert (stage.backoff, stage.pass_context) == ("fixed", None)
 
     def test_every_option_is_readable(self) -> None:
@@ -88,7 +102,14 @@ class TestArguments:
             "retries": 3,
             "retry_delay": 0.5,
             "backoff": "exponential",
+            "max_delay": 8,
+            "jitter": 0.5,
+            "retry_on": (OSError, ValueError),
+            "executor": "thread",
+            "limiter": asyncio.Semaphore(2),
+            "on_error": with_context,
             "pass_context": True,
+            "retry_budget": RetryBudget(),
         }
         stage: Any = Stage("fetch", same, **options)
         assert options == {option: getattr(stage, option) for option in options}
@@ -169,6 +190,42 @@ class TestArguments:
     def test_wrong_pass_context(self, value: Any) -> None:
         with pytest.raises(TypeError, match=r"^pass_context must be True, False or None"):
             Stage("fetch", same, pass_context=value)
+
+    def test_a_wrong_max_delay_or_jitter(self) -> None:
+        assert Stage("fetch", same, max_delay=0, jitter=1).max_delay == 0
+        with pytest.raises(ValueError, match=r"^max_delay must be greater than or equal to 0$"):
+            Stage("fetch", same, max_delay=-1)
+        with pytest.raises(ValueError, match=r"^jitter must be between 0 and 1$"):
+            Stage("fetch", same, jitter=1.5)
+
+    def test_a_wrong_retry_on_or_retry_budget(self) -> None:
+        with pytest.raises(TypeError, match=r"^retry_on must be an exception type, a tuple of them"):
+            Stage("fetch", same, retry_on=cast(Any, "ValueError"))
+        with pytest.raises(
+            TypeError, match=r"^retry_budget must be a RetryBudget, not 10; write RetryBudget"
+        ):
+            Stage("fetch", same, retry_budget=cast(Any, 10))
+
+    @pytest.mark.parametrize("limiter", [5, "5", threading.Lock(), contextlib.nullcontext, asyncio.Semaphore])
+    def test_a_limiter_that_is_no_async_context_manager(self, limiter: Any) -> None:
+        with pytest.raises(
+            TypeError, match=r"^limiter must be .*, not .*; write limiter=asyncio.Semaphore\("
+        ):
+            Stage("fetch", same, limiter=limiter)
+
+    def test_a_limiter_that_can_be_entered_only_once(self) -> None:
+        @contextlib.asynccontextmanager
+        async def slot() -> AsyncIterator[None]:
+            yield
+
+        with pytest.raises(TypeError, match=r"^limiter is entered for each attempt, .*; write a class with"):
+            Stage("fetch", same, limiter=slot())
+
+    def test_an_on_error_that_can_not_be_called_so(self) -> None:
+        with pytest.raises(TypeError, match=r"^on_error must be a callable, not 'skip'$"):
+            Stage("fetch", same, on_error=cast(Any, "skip"))
+        with pytest.raises(TypeError, match=r"^on_error=.* must take on_error\(value, error\) or on_error\("):
+            Stage("fetch", same, on_error=cast(Any, lambda error: None))
 
 
 class TestContext:
@@ -505,6 +562,475 @@ class TestRetries:
             await task
         assert calls == [1]
         assert task.cancelled()
+
+
+class TestRetryOn:
+    async def test_errors_that_match_are_tried_again(self) -> None:
+        handler = Flaky(KeyError(), OSError(), KeyError())
+        assert await Stage("fetch", handler, retries=3, retry_on=(KeyError, OSError)).run(1) == 1
+        assert len(handler.times) == 4
+
+    async def test_an_error_that_does_not_match_is_final(self) -> None:
+        handler = Flaky(KeyError(), ValueError("no"), KeyError())
+        error = await failure_of(Stage("fetch", handler, retries=3, retry_on=KeyError))
+        assert isinstance(error.original_error, ValueError)
+        assert error.attempts == len(handler.times) == 2
+
+    async def test_a_predicate_is_asked_about_the_handlers_own_error(self) -> None:
+        first, second = ValueError(1), ValueError(2)
+        asked: list[object] = []
+
+        def predicate(error: Exception) -> bool:
+            asked.append(error)
+            return error is first
+
+        error = await failure_of(Stage("fetch", Flaky(first, second), retries=5, retry_on=predicate))
+        assert asked == [first, second]
+        assert (error.original_error, error.attempts) == (second, 2)
+
+    @pytest.mark.virtual
+    async def test_a_number_is_the_exact_delay(self) -> None:
+        handler = Flaky(OSError(7), OSError(0), OSError(0.5))
+        stage = Stage(
+            "fetch",
+            handler,
+            retries=9,
+            retry_delay=100,
+            backoff="exponential",
+            max_delay=1,
+            jitter=1,
+            retry_on=lambda error: error.args[0],
+        )
+        await stage.run(1)
+        assert handler.times == [0, 7, 7, 7.5]
+
+    @pytest.mark.parametrize("broken", [lambda error: 1 / 0, lambda error: -1, lambda error: "soon"])
+    async def test_a_predicate_that_fails_is_logged_and_stops(
+        self, broken: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        error = await failure_of(Stage("fetch", failing(9), retries=3, retry_on=broken))
+        assert repr(error.original_error) == "ValueError(1)"
+        assert error.attempts == 1
+        (record,) = caplog.records
+        assert (record.name, record.levelname) == ("async_pipeline", "ERROR")
+        assert "retry_on=" in record.message
+        assert "stage 'fetch'" in record.message
+        assert record.exc_info is not None
+
+    async def test_our_own_timeout_is_one_of_the_errors(self) -> None:
+        stage = Stage("fetch", forever, timeout=0.01, retries=2, retry_on=StageTimeoutError)
+        assert (await failure_of(stage)).attempts == 3
+        assert (await failure_of(stage.replace(retry_on=OSError))).attempts == 3, "a TimeoutError is one"
+        assert (await failure_of(stage.replace(retry_on=ValueError))).attempts == 1
+
+    @pytest.mark.parametrize("kind", [asyncio.CancelledError, KeyboardInterrupt, SystemExit, Finish])
+    @pytest.mark.parametrize("retry_on", [BaseException, None, lambda error: True])
+    def test_what_is_no_exception_is_never_retried(self, kind: Any, retry_on: Any) -> None:
+        calls = []
+
+        def handler(value: Any) -> None:
+            calls.append(value)
+            raise kind
+
+        stage = Stage("fetch", handler, retries=3, retry_on=retry_on or kind)
+        with pytest.raises(StopIteration if kind is Finish else kind):
+            stage.run(1).send(None)
+        assert calls == [1]
+
+    async def test_a_group_needs_all_its_leaves(self) -> None:
+        group = ExceptionGroup("two", [OSError(), KeyError()])
+        assert (await failure_of(Stage("fetch", Flaky(group), retries=1, retry_on=OSError))).attempts == 1
+        assert await Stage("fetch", Flaky(group), retries=1, retry_on=(OSError, KeyError)).run(1) == 1
+
+
+class TestDelays:
+    @pytest.mark.virtual
+    async def test_max_delay_caps_them(self) -> None:
+        handler = failing(5)
+        stage = Stage("fetch", handler, retries=5, retry_delay=1, backoff="exponential", max_delay=3)
+        await stage.run(1)
+        assert handler.times == [0, 1, 3, 6, 9, 12]
+
+    @pytest.mark.virtual
+    async def test_jitter_shortens_them(self) -> None:
+        handler = failing(50)
+        await Stage("fetch", handler, retries=50, retry_delay=8, jitter=0.5).run(1)
+        delays = [later - earlier for earlier, later in itertools.pairwise(handler.times)]
+        assert all(4 < delay <= 8 for delay in delays)
+        assert len(set(delays)) > 40
+
+    async def test_never_sleeps_on_infinity(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        slept: list[float] = []
+
+        async def sleep(delay: float) -> None:
+            slept.append(delay)
+
+        monkeypatch.setattr(asyncio, "sleep", sleep)
+        handler = Mock(side_effect=[ValueError()] * 1100 + ["done"])
+        stage = Stage("fetch", handler, retries=1100, retry_delay=1e300, backoff="exponential", jitter=1)
+        assert await stage.run(1) == "done"
+        assert len(slept) == 1100
+        assert all(map(math.isfinite, slept))
+
+
+class TestRetryBudget:
+    async def test_a_dead_dependency_is_hardly_called_more_often(self) -> None:
+        calls = 0
+
+        async def dead(value: int) -> None:
+            nonlocal calls
+            calls += 1
+            await asyncio.sleep(0)
+            raise ConnectionError
+
+        stage = Stage("dead", dead, retries=3, retry_budget=RetryBudget(max_tokens=10, token_ratio=0.1))
+        results = await Pipeline([stage]).map(range(1000), 50, return_exceptions=True)
+        assert all(isinstance(result, StageExecutionError) for result in results)
+        assert calls == 1004
+
+    async def test_is_shared_between_stages(self) -> None:
+        budget = RetryBudget(4)
+        first = Stage("first", failing(9), retries=9, retry_budget=budget)
+        second = Stage("second", failing(9), retries=9, retry_budget=budget)
+        assert (await failure_of(first)).attempts == 2
+        assert (await failure_of(second)).attempts == 1
+
+    async def test_successes_allow_retries_again(self) -> None:
+        budget = RetryBudget(4, token_ratio=1)
+        stage = Stage(
+            "fetch", Flaky(OSError(), OSError(), None, None, OSError(), None), retries=1, retry_budget=budget
+        )
+        assert (await failure_of(stage)).attempts == 2
+        assert [await stage.run(1) for _ in range(3)] == [1, 1, 1]
+        assert budget.tokens == 4
+
+    async def test_finish_is_a_success(self) -> None:
+        budget = RetryBudget(4)
+        budget.record_failure()
+        stage = Stage("fetch", Flaky(Finish("done")), retry_budget=budget)
+        assert await stage.run(1) == "done"
+        assert budget.tokens == 3.1
+
+    async def test_counts_without_retries_and_in_a_pipeline(self) -> None:
+        budget = RetryBudget(10)
+        stage = Stage("fetch", Flaky(OSError(), None), retry_budget=budget)
+        await Pipeline([stage]).try_run(1)
+        assert budget.tokens == 9
+        await Pipeline([stage]).run(1)
+        assert budget.tokens == 9.1
+
+    async def test_a_cancellation_counts_for_nothing(self) -> None:
+        budget = RetryBudget(10)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await Stage("fetch", forever, retries=3, retry_budget=budget).run(1)
+        assert budget.tokens == 10
+
+
+class TestNoAttemptAfterACancellation:
+    async def test_that_the_handler_turned_into_an_error(self) -> None:
+        attempts = 0
+
+        async def stubborn(value: Any) -> None:
+            nonlocal attempts
+            attempts += 1
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                raise ConnectionError("closed") from None
+
+        task = asyncio.create_task(Stage("fetch", stubborn, retries=3).run(1))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(StageExecutionError) as caught:
+            await task
+        assert isinstance(caught.value.original_error, ConnectionError)
+        assert caught.value.attempts == attempts == 1
+
+    async def test_nor_is_on_error_asked(self) -> None:
+        async def stubborn(value: Any) -> None:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                raise ConnectionError("closed") from None
+
+        def wrong(value: Any, error: Exception) -> None:
+            raise AssertionError
+
+        task = asyncio.create_task(Stage("fetch", stubborn, on_error=wrong).run(1))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(StageExecutionError) as caught:
+            await task
+        assert repr(caught.value.original_error) == "ConnectionError('closed')"
+
+    async def test_but_a_run_while_cleaning_up_has_all_its_attempts(self) -> None:
+        handler = failing(2)
+
+        async def clean_up() -> Any:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                return await Stage("save", handler, retries=3).run("rest")
+
+        task = asyncio.create_task(clean_up())
+        await asyncio.sleep(0)
+        task.cancel()
+        assert await task == "rest"
+        assert len(handler.times) == 3
+
+    async def test_that_the_handler_made_and_took_back_is_none(self) -> None:
+        task: Any = asyncio.current_task()
+
+        async def handler(value: int) -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                task.cancel()
+                await asyncio.sleep(0)
+            task.uncancel()
+            raise ValueError
+
+        assert (await failure_of(Stage("fetch", handler, retries=3))).attempts == 4
+
+
+class Slots:
+    """A limiter written by hand, that keeps a diary."""
+
+    def __init__(self, *errors: Exception | None) -> None:
+        self.errors = iter(errors)
+        self.diary: list[str] = []
+        self.held = 0
+
+    async def __aenter__(self) -> None:
+        await asyncio.sleep(0)
+        error = next(self.errors, None)
+        if error is not None:
+            raise error
+        self.held += 1
+        self.diary.append("enter")
+
+    async def __aexit__(self, *error: object) -> None:
+        self.held -= 1
+        self.diary.append("exit")
+
+
+PAIR = ["enter", "exit"]
+
+
+class TestLimiter:
+    async def test_is_entered_around_each_attempt(self) -> None:
+        slots = Slots()
+        await Stage("fetch", failing(2), limiter=slots, retries=2).run(1)
+        assert slots.diary == PAIR * 3
+
+    @pytest.mark.virtual
+    async def test_is_free_while_a_retry_waits(self) -> None:
+        slots = Slots()
+        task = asyncio.create_task(
+            Stage("fetch", failing(1), limiter=slots, retries=1, retry_delay=10).run(1)
+        )
+        await asyncio.sleep(5)
+        assert slots.diary == PAIR
+        assert await task == 1
+
+    async def test_is_left_by_a_timeout_and_by_a_cancellation(self) -> None:
+        slots = Slots()
+        await failure_of(Stage("fetch", forever, limiter=slots, timeout=0.01))
+        task = asyncio.create_task(Stage("fetch", forever, limiter=slots).run(1))
+        for _ in range(4):
+            await asyncio.sleep(0)
+        assert slots.held == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert slots.diary == PAIR * 2
+
+    @pytest.mark.virtual
+    async def test_waiting_for_it_does_not_count_towards_the_timeout(self) -> None:
+        semaphore = asyncio.Semaphore(1)
+        stage = Stage("fetch", Flaky(seconds=3), limiter=semaphore, timeout=4)
+        assert await asyncio.gather(*(stage.run(n) for n in range(5))) == [0, 1, 2, 3, 4]
+        assert now() == 15
+
+    async def test_bounds_stages_and_pipelines_and_runs_together(self) -> None:
+        semaphore, meter = asyncio.Semaphore(3), Meter(0.001)
+        stages: list[Stage[Any, Any]] = [
+            Stage("one", meter, limiter=semaphore),
+            Stage("two", meter, limiter=semaphore, retries=1),
+            Stage("three", meter, limiter=semaphore, timeout=60),
+        ]
+        pipelines = [Pipeline(stages), Pipeline(stages[::-1], before_stage=lambda name, value: None)]
+        await asyncio.gather(*(pipeline.map(range(10), 10) for pipeline in pipelines))
+        assert meter.most == 3
+        assert len(meter.finished) == 60
+        assert not semaphore.locked()
+
+    async def test_wraps_a_sync_handler(self) -> None:
+        slots = Slots()
+        assert await Pipeline([Stage("same", lambda value: (value, slots.held), limiter=slots)]).run(1) == (
+            1,
+            1,
+        )
+        assert slots.diary == PAIR
+
+    async def test_its_own_error_is_the_attempts(self) -> None:
+        slots = Slots(ConnectionError("no limiter"), None)
+        assert await Stage("fetch", async_same, limiter=slots, retries=1).run(1) == 1
+        error = await failure_of(Stage("fetch", async_same, limiter=Slots(ConnectionError("no limiter"))))
+        assert repr(error.original_error) == "ConnectionError('no limiter')"
+
+    async def test_can_not_swallow_an_error(self) -> None:
+        class Swallows(Slots):
+            async def __aexit__(self, *error: object) -> bool:  # type: ignore[override]
+                return True
+
+        error = await failure_of(Stage("fetch", failing(1), limiter=Swallows()))
+        assert isinstance(error.original_error, RuntimeError)
+        assert "suppressed an error of stage 'fetch'" in str(error)
+
+    @pytest.mark.virtual
+    async def test_aiolimiter_spaces_100_calls_at_50_a_second_over_2_seconds(self) -> None:
+        handler = Flaky()
+        stage = Stage("call", handler, limiter=AsyncLimiter(1, 1 / 50))
+        await Pipeline([stage]).map(range(101), 100)
+        assert now() == pytest.approx(2)
+        gaps = [later - earlier for earlier, later in itertools.pairwise(handler.times)]
+        assert gaps == pytest.approx([0.02] * 100)
+
+    @pytest.mark.virtual
+    async def test_aiolimiter_with_a_burst(self) -> None:
+        handler = Flaky()
+        stage = Stage("call", handler, limiter=AsyncLimiter(50, 1))
+        await asyncio.gather(Pipeline([stage]).map(range(75), 100), Pipeline([stage]).map(range(75), 100))
+        assert sum(time < 1e-6 for time in handler.times) == 50
+        assert now() == pytest.approx(2, abs=0.03)
+
+
+class TestOnError:
+    async def test_stands_in_for_the_output(self) -> None:
+        first, second = ValueError(1), ValueError(2)
+        seen: list[Any] = []
+
+        def stand_in(value: Any, error: Exception) -> str:
+            seen.append((value, error))
+            return "default"
+
+        stage = Stage("fetch", Flaky(first, second), retries=1, on_error=stand_in)
+        assert await stage.run(5) == "default"
+        assert seen == [(5, second)], "once, after the last attempt, with the handler's own error"
+
+    async def test_may_be_async_and_want_the_context(self) -> None:
+        async def stand_in(value: Any, error: Exception, context: Any) -> Any:
+            await asyncio.sleep(0)
+            return value, error.args, context
+
+        stage = Stage("fetch", failing(1), on_error=stand_in)
+        context: dict[str, Any] = {}
+        output = await stage.run(5, context=context)
+        assert output == (5, (1,), {})
+        assert output[2] is context
+
+    async def test_what_it_returns_may_be_anything(self) -> None:
+        outputs: list[Any] = [None, False, [], ValueError("as a value")]
+        for output in outputs:
+            stage = Stage("fetch", failing(1), on_error=lambda value, error, output=output: output)
+            assert await stage.run(1) is output
+
+    async def test_the_next_stage_gets_what_it_returns(self) -> None:
+        stage = Stage("fetch", failing(1), on_error=lambda value, error: 10)
+        assert await Pipeline([stage, lambda value: value + 1]).run(1) == 11
+
+    async def test_is_not_asked_about_a_success(self) -> None:
+        def wrong(value: Any, error: Exception) -> None:
+            raise AssertionError
+
+        assert await Stage("fetch", failing(1), retries=1, on_error=wrong).run(1) == 1
+
+    async def test_sees_our_timeout(self) -> None:
+        stage: Stage[Any, Any] = Stage("fetch", forever, timeout=0.01, on_error=lambda value, error: error)
+        assert isinstance(await stage.run(1), StageTimeoutError)
+
+    @pytest.mark.parametrize("is_async", [False, True])
+    async def test_what_it_raises_is_the_stages_error_chained_to_the_first(self, is_async: bool) -> None:
+        first, second = ValueError("first"), KeyError("second")
+
+        def sync(value: Any, error: Exception) -> None:
+            raise second
+
+        async def suspending(value: Any, error: Exception) -> None:
+            await asyncio.sleep(0)
+            raise second
+
+        stage = Stage("fetch", Flaky(first), on_error=suspending if is_async else sync)
+        error = await failure_of(stage)
+        assert error.original_error is error.__cause__ is second
+        assert second.__context__ is first
+        assert (error.stage_name, error.attempts) == ("fetch", 1)
+
+    async def test_may_raise_the_error_again(self) -> None:
+        first = ValueError("first")
+
+        def not_mine(value: Any, error: Exception) -> None:
+            raise error
+
+        error = await failure_of(Stage("fetch", Flaky(ValueError(), first), retries=1, on_error=not_mine))
+        assert error.original_error is error.__cause__ is first
+        assert error.attempts == 2
+
+    async def test_may_finish_the_run(self) -> None:
+        def give_up(value: Any, error: Exception) -> None:
+            raise Finish("nothing")
+
+        stage = Stage("fetch", failing(9), on_error=give_up)
+        assert await stage.run(1) == "nothing"
+        assert await Pipeline([stage, lambda value: 1 / 0]).run(1) == "nothing"
+
+    async def test_is_passed_by_by_a_cancellation_and_by_finish(self) -> None:
+        handler = Mock(side_effect=AssertionError)
+        stage: Stage[Any, Any] = Stage("fetch", Flaky(asyncio.CancelledError()), on_error=handler)
+        with pytest.raises(asyncio.CancelledError):
+            await stage.run(1)
+        assert await stage.replace(handler=Flaky(Finish("done"))).run(1) == "done"
+
+    async def test_can_be_cancelled(self) -> None:
+        async def slow(value: Any, error: Exception) -> None:
+            await asyncio.sleep(3600)
+
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await Stage("fetch", failing(1), on_error=slow).run(1)
+
+    async def test_leaves_no_reference_cycle(self) -> None:
+        class LargeError(Exception):
+            pass
+
+        async def fail(value: Any) -> None:
+            raise LargeError
+
+        async def not_mine(value: Any, error: Exception) -> None:
+            seen.append(weakref.ref(error))
+            raise KeyError
+
+        seen: list[Any] = []
+        gc.collect()
+        gc.disable()
+        try:
+            with contextlib.suppress(StageExecutionError):
+                await Stage("fetch", fail, on_error=not_mine).run(1)
+            assert seen[0]() is None
+        finally:
+            gc.enable()
+
+
+class TestFinish:
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"retries": 3}, {"timeout": 5}, {"limiter": Slots()}, {"on_error": lambda value, error: 1 / 0}],
+    )
+    async def test_run_returns_its_value(self, options: Any) -> None:
+        for handler in (Flaky(Finish([1])), Mock(side_effect=Finish([1]))):
+            assert await Stage("fetch", handler, **options, pass_context=False).run(1) == [1]
 
 
 @pytest.mark.virtual

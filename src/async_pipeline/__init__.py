@@ -5,9 +5,19 @@
 >>> await pipeline.map(urls, concurrency=20)
 """
 
-from .errors import BatchError, DeadlockError, PipelineError, StageExecutionError, StageTimeoutError
+from .errors import (
+    BatchError,
+    CircuitOpenError,
+    DeadlineExceeded,
+    DeadlockError,
+    Finish,
+    PipelineError,
+    StageExecutionError,
+    StageTimeoutError,
+)
 from .outcome import Outcome
 from .pipeline import Pipeline
+from .retry import RetryBudget
 from .stage import BackoffMode, Stage, staged
 from .types import AfterStageHook, BeforeStageHook, Middleware
 
@@ -16,11 +26,15 @@ __all__ = [
     "BackoffMode",
     "BatchError",
     "BeforeStageHook",
+    "CircuitOpenError",
+    "DeadlineExceeded",
     "DeadlockError",
+    "Finish",
     "Middleware",
     "Outcome",
     "Pipeline",
     "PipelineError",
+    "RetryBudget",
     "Stage",
     "StageExecutionError",
     "StageTimeoutError",

@@ -24,7 +24,7 @@ from .context import copier
 from .errors import BatchError, StageExecutionError, cancelled_in
 from .events import logger
 from .outcome import Outcome
-from .retry import check_count
+from .retry import check_count, check_seconds
 from .types import Out, Step
 
 __all__ = ["Batch", "Stream"]
@@ -61,10 +61,15 @@ class FanOut(ABC):
         items: Iterable[Any] | AsyncIterable[Any],
         concurrency: int | asyncio.Semaphore,
         context: object,
+        timeout: float | None = None,
     ) -> None:
         _check_items(items)
         _check_concurrency(concurrency)
+        if timeout is not None:
+            check_seconds("timeout", timeout, zero=False)
         self._step = step
+        run: Callable[..., Any] = step.run
+        self._run = run if timeout is None else partial(run, timeout=timeout)
         self._items = items
         self._semaphore = concurrency if isinstance(concurrency, asyncio.Semaphore) else None
         self._limit = math.inf if isinstance(concurrency, asyncio.Semaphore) else concurrency
@@ -207,7 +212,7 @@ class FanOut(ABC):
     async def _work(self, context: Context) -> None:
         # one coroutine with the item's run in it: a layer more is paid for at each suspension
         task = cast("asyncio.Task[None]", asyncio.current_task())
-        run, make_context, clock, semaphore = self._step.run, self._make_context, self._clock, self._semaphore
+        run, make_context, clock, semaphore = self._run, self._make_context, self._clock, self._semaphore
         is_timed, variables, size = self._is_timed, self._variables, len(self._variables)
         self._starting = max(0, self._starting - 1)
         while (job := self._take()) is not None:
@@ -322,7 +327,8 @@ class FanOut(ABC):
     def _fail(self, job: _Job, context: Any, started: float, error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError):
             # nobody asked for it: the handler awaited something that was cancelled, or cancelled itself
-            failure: Exception = StageExecutionError(cancelled_in(error, self._step.name), error)
+            stage_name, attempts = cancelled_in(error) or (self._step.name, 1)
+            failure: Exception = StageExecutionError(stage_name, error, attempts=attempts)
             failure.__cause__ = error
         elif isinstance(error, StopAsyncIteration):
             # a middleware's: raised by the iteration of a stream as it is, it would end it in silence
@@ -455,11 +461,12 @@ class Stream(FanOut, Generic[Out]):
         items: Iterable[Any] | AsyncIterable[Any],
         concurrency: int | asyncio.Semaphore,
         context: object,
+        timeout: float | None = None,
         *,
         ordered: bool,
         buffer: int | None,
     ) -> None:
-        super().__init__(step, items, concurrency, context)
+        super().__init__(step, items, concurrency, context, timeout)
         if buffer is None:
             has_permits = isinstance(concurrency, asyncio.Semaphore)
             buffer = _BUFFER_WITH_SEMAPHORE if has_permits else 2 * cast(int, concurrency)

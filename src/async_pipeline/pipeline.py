@@ -2,18 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, cast, overload
 
-from .errors import StageExecutionError, mark_cancelled
+from .errors import Finish, StageExecutionError, cancelled_in, mark_cancelled
 from .events import check_hook, fire, report
 from .fanout import Batch, Stream
 from .outcome import Outcome
-from .stage import Stage, callable_name
+from .stage import RunState, Stage, callable_name
 from .types import AfterStageHook, BeforeStageHook, ContextT, First, Last, Middleware, Step, is_awaitable
 
 __all__ = ["Pipeline"]
 
-_Call = Callable[[Any, Any], Any]
+_Call = Callable[[Any, Any, RunState | None], Any]
 
 
 class _Stop(NamedTuple):
@@ -26,10 +27,13 @@ class _Stop(NamedTuple):
     name: str
     is_direct: bool
     is_nested: bool
+    is_last: bool = False
 
 
-# its name, how to call it, whether with the context, whether to await it unseen, and the rest
-_Link = tuple[str, Callable[..., Any], bool, bool, _Stop]
+# its name, how to call it, with what besides the value, whether to await it unseen, and the rest
+_Link = tuple[str, Callable[..., Any], int, bool, _Stop]
+_WITH_CONTEXT = 1
+_WITH_STATE = 2  # and the context; the state is None by default
 
 
 # most results are of these types: a lookup here is faster than asking the type for __await__
@@ -90,7 +94,8 @@ class Pipeline(Generic[First, Last, ContextT]):
         self._after = check_hook("after_stage(stage_name, value, output, error)", after_stage)
         self._is_hooked = before_stage is not None or after_stage is not None
         folds = _checked_middlewares(middlewares)
-        self._links = tuple(_link(step, folds) for step in self.stages)
+        *links, last = (_link(step, folds) for step in self.stages)
+        self._links = (*links, (*last[:4], last[4]._replace(is_last=True)))
 
     if not TYPE_CHECKING:
 
@@ -105,25 +110,42 @@ class Pipeline(Generic[First, Last, ContextT]):
             raise AttributeError(f"a Pipeline is immutable; build another one for another {attribute!r}")
         super().__setattr__(attribute, value)
 
-    async def run(self, initial_value: First, *, context: ContextT | None = None) -> Last:
+    async def run(
+        self, initial_value: First, *, context: ContextT | None = None, timeout: float | None = None
+    ) -> Last:
         """Run one value through all stages and return the last one's output.
 
         Args:
             initial_value: the input of the first stage.
             context: one mutable object for all stages, hooks and middlewares of this run: a dict, a
                 dataclass, anything; a new dict by default.
+            timeout: seconds for the whole run, over all stages, attempts, sleeps and hooks; ``None`` (the
+                default) for no limit. A sleep before a retry that would not end in time is not begun: the
+                last error is raised at once. A last stage that returns late all the same has returned.
+
+        Returns:
+            What the last stage returned, or the ``value`` of a :class:`~async_pipeline.Finish`.
 
         Raises:
-            StageExecutionError: a stage failed; it names the stage and carries the handler's error.
+            StageExecutionError: a stage failed; it names the stage and carries the handler's error. When
+                ``timeout`` is up, that is a :class:`~async_pipeline.DeadlineExceeded`.
         """
         shared: Any = {} if context is None else context
-        if self._is_hooked:
-            hooked: Last = await self._run_hooked(initial_value, shared)
-            return hooked
         value: Any = initial_value
+        if self._is_hooked or timeout is not None:
+            try:
+                if timeout is None:
+                    value = await self._run_all(value, shared, None)
+                else:
+                    state = RunState(timeout)
+                    value = await state.bound(self._run_all(value, shared, state), self.name)
+            except Finish as finish:
+                value = finish.value
+            guarded: Last = value
+            return guarded
         try:
-            for _, call, wants_context, is_async, link in self._links:  # noqa: B007 - used below
-                result = call(value, shared) if wants_context else call(value)
+            for _, call, wants, is_async, link in self._links:  # noqa: B007 - used below
+                result = call(value, shared) if wants else call(value)
                 if is_async or (type(result) not in _NEVER_AWAITABLE and is_awaitable(result)):
                     value = await result
                 else:
@@ -133,56 +155,72 @@ class Pipeline(Generic[First, Last, ContextT]):
                 raise StageExecutionError(link.name, error) from error
             raise
         except asyncio.CancelledError as error:
-            mark_cancelled(error, link.name, nested=link.is_nested)
+            _mark(error, link)
             raise
+        except Finish as finish:
+            value = finish.value
         output: Last = value  # not cast(): it is a call, and this is the hottest line
         return output
 
-    async def _run_hooked(self, value: Any, context: Any) -> Any:
+    async def _run_all(self, value: Any, context: Any, state: RunState | None) -> Any:
+        """The general loop: with hooks, with the state of a run, and as a step of another pipeline."""
         # the hooks are called here and not by a coroutine of their own: that took 2.5 times as long
         before, before_wants = self._before
         after, after_wants = self._after
-        for name, call, wants_context, is_async, link in self._links:
-            try:
-                # inside the try: an after_stage belongs to a before_stage that was cancelled, too
-                if before is not None:
+        try:
+            for name, call, wants, is_async, link in self._links:
+                if state is not None:
+                    state.attempts = 1
+                try:
+                    # inside the try: an after_stage belongs to a before_stage that was cancelled, too
+                    if before is not None:
+                        try:
+                            fired = before(name, value, context) if before_wants else before(name, value)
+                            if fired is not None and is_awaitable(fired):
+                                await fired
+                        except Exception as error:
+                            report(before, name, error)
+                        if state is not None:
+                            state.check(name)
                     try:
-                        fired = before(name, value, context) if before_wants else before(name, value)
+                        if state is not None and wants == _WITH_STATE:
+                            output = call(value, context, state)
+                        else:
+                            output = call(value, context) if wants else call(value)
+                        if is_async or (type(output) not in _NEVER_AWAITABLE and is_awaitable(output)):
+                            output = await output
+                    except Exception as error:
+                        if link.is_direct:
+                            raise StageExecutionError(name, error) from error
+                        raise
+                except Finish as finish:
+                    await fire(self._after, context, name, value, finish.value, None)
+                    raise
+                except BaseException as error:
+                    await fire(self._after, context, name, value, None, error)
+                    raise
+                if after is not None:
+                    try:
+                        fired = (
+                            after(name, value, output, None, context)
+                            if after_wants
+                            else after(name, value, output, None)
+                        )
                         if fired is not None and is_awaitable(fired):
                             await fired
                     except Exception as error:
-                        report(before, name, error)
-                try:
-                    output = call(value, context) if wants_context else call(value)
-                    if is_async or (type(output) not in _NEVER_AWAITABLE and is_awaitable(output)):
-                        output = await output
-                except Exception as error:
-                    if link.is_direct:
-                        raise StageExecutionError(name, error) from error
-                    raise
-            except BaseException as error:
-                if isinstance(error, asyncio.CancelledError):
-                    mark_cancelled(error, name, nested=link.is_nested)
-                await fire(self._after, context, name, value, None, error)
-                raise
-            if after is not None:
-                try:
-                    fired = (
-                        after(name, value, output, None, context)
-                        if after_wants
-                        else after(name, value, output, None)
-                    )
-                    if fired is not None and is_awaitable(fired):
-                        await fired
-                except Exception as error:
-                    report(after, name, error)
-                except asyncio.CancelledError as error:
-                    mark_cancelled(error, name, nested=False)
-                    raise
-            value = output
+                        report(after, name, error)
+                value = output
+                if state is not None and not link.is_last:
+                    state.check(name)
+        except asyncio.CancelledError as error:
+            _mark(error, link, 1 if state is None else state.attempts)
+            raise
         return value
 
-    async def try_run(self, initial_value: First, *, context: ContextT | None = None) -> Outcome[Last]:
+    async def try_run(
+        self, initial_value: First, *, context: ContextT | None = None, timeout: float | None = None
+    ) -> Outcome[Last]:
         """Run one value like :meth:`run`, and return what became of it instead of raising.
 
         Returns:
@@ -193,7 +231,8 @@ class Pipeline(Generic[First, Last, ContextT]):
         clock = asyncio.get_running_loop().time
         started = clock()
         try:
-            value = await self.run(initial_value, context=shared)
+            run = self.run if timeout is None else partial(self.run, timeout=timeout)
+            value = await run(initial_value, context=shared)
         except Exception as error:
             return Outcome(None, initial_value, None, error, shared, clock() - started)
         return Outcome(None, initial_value, value, None, shared, clock() - started)
@@ -206,6 +245,7 @@ class Pipeline(Generic[First, Last, ContextT]):
         *,
         context: ContextT | None = None,
         return_exceptions: Literal[False] = False,
+        timeout: float | None = None,
     ) -> list[Last]: ...
     @overload
     async def map(
@@ -215,6 +255,7 @@ class Pipeline(Generic[First, Last, ContextT]):
         *,
         context: ContextT | None = None,
         return_exceptions: bool,
+        timeout: float | None = None,
     ) -> list[Last | Exception]: ...
     async def map(
         self,
@@ -223,6 +264,7 @@ class Pipeline(Generic[First, Last, ContextT]):
         *,
         context: ContextT | None = None,
         return_exceptions: bool = False,
+        timeout: float | None = None,
     ) -> list[Last] | list[Last | Exception]:
         """Run every item through the pipeline, side by side, and return the results in input order.
 
@@ -240,13 +282,14 @@ class Pipeline(Generic[First, Last, ContextT]):
                 default.
             return_exceptions: False (the default): the first failure cancels the rest. True: a failed
                 item's error stands in its place in the list.
+            timeout: seconds for each item, from its start to its end, as in :meth:`run`.
 
         Raises:
             BatchError: an item failed; carries ``results`` and ``failures`` by item index.
             TypeError, ValueError: ``items`` or ``concurrency`` is wrong.
             Exception: an error of the source is raised as itself, and cancels the rest.
         """
-        batch = Batch(self, items, concurrency, context, return_exceptions=return_exceptions)
+        batch = Batch(self, items, concurrency, context, timeout, return_exceptions=return_exceptions)
         return cast("list[Last]", await batch.run())
 
     def stream(
@@ -257,6 +300,7 @@ class Pipeline(Generic[First, Last, ContextT]):
         ordered: bool = True,
         buffer: int | None = None,
         context: ContextT | None = None,
+        timeout: float | None = None,
     ) -> Stream[Last]:
         """Run items through the pipeline like :meth:`map`, and yield the results while others still run.
 
@@ -268,7 +312,7 @@ class Pipeline(Generic[First, Last, ContextT]):
         ends the stream; ``results.outcomes()`` goes on instead.
 
         Args:
-            items, concurrency, context: as for :meth:`map`.
+            items, concurrency, context, timeout: as for :meth:`map`.
             ordered: True (the default) yields in input order, each as soon as it and all before it are
                 ready; False as they finish.
             buffer: how many items are in flight or finished but not yet taken, at most; memory is bounded
@@ -281,7 +325,7 @@ class Pipeline(Generic[First, Last, ContextT]):
             TypeError, ValueError: an argument is wrong.
             StageExecutionError: by the iteration, for a failed item.
         """
-        return Stream(self, items, concurrency, context, ordered=ordered, buffer=buffer)
+        return Stream(self, items, concurrency, context, timeout, ordered=ordered, buffer=buffer)
 
     def __repr__(self) -> str:
         stages = ", ".join(map(repr, self.stages))
@@ -322,33 +366,47 @@ def _checked_middlewares(middlewares: Any) -> tuple[Middleware, ...]:
 def _link(step: Any, middlewares: Sequence[Middleware]) -> _Link:
     is_nested = isinstance(step, Pipeline)
     if type(step) is Stage:
-        if step.retries == 0 and not middlewares:
+        if not middlewares and _is_direct(step):
             return _direct_link(step)
         call: _Call = step._run
-    elif is_nested:
-        call = _nested(step)
     else:
-        call = _own_run(step)
+        call = _nested(step) if is_nested else _own_run(step)
     for middleware in reversed(middlewares):
         call = _fold(middleware, step.name, call)
-    return step.name, call, True, True, _Stop(step.name, False, is_nested)
+    return step.name, call, _WITH_STATE, True, _Stop(step.name, False, is_nested)
+
+
+def _is_direct(stage: Stage[Any, Any]) -> bool:
+    """Whether one attempt is all that there is to it."""
+    return stage.retries == 0 and stage.retry_budget is None and stage.on_error is None
 
 
 def _direct_link(stage: Stage[Any, Any]) -> _Link:
     about = _Stop(stage.name, True, False)
-    if stage.timeout is None:
-        return stage.name, stage.handler, stage._wants_context, stage._is_async, about
-    return stage.name, stage._attempt, True, True, about
+    if stage.limiter is not None:
+        return stage.name, stage._limited, _WITH_CONTEXT, True, about
+    if stage.timeout is not None or stage.executor is not None:
+        return stage.name, stage._attempt, _WITH_CONTEXT, True, about
+    return stage.name, stage.handler, stage._wants_context * _WITH_CONTEXT, stage._is_async, about
 
 
-def _own_run(step: Step[Any, Any]) -> _Call:
-    return lambda value, context: step.run(value, context=context)
+def _own_run(step: Any) -> _Call:
+    def call(value: Any, context: Any, state: RunState | None = None) -> Any:
+        run = step.run
+        if getattr(run, "__func__", None) is Stage.run:  # of a subclass that has none of its own
+            return step._run(value, context, state)
+        return run(value, context=context)
+
+    return call
 
 
-def _nested(pipeline: Pipeline[Any, Any, Any]) -> _Call:
-    async def call(value: Any, context: Any) -> Any:
+def _nested(pipeline: Any) -> _Call:
+    async def call(value: Any, context: Any, state: RunState | None = None) -> Any:
+        run = pipeline.run
         try:
-            return await pipeline.run(value, context=context)
+            if getattr(run, "__func__", None) is Pipeline.run:
+                return await pipeline._run_all(value, context, state)
+            return await run(value, context=context)
         except StageExecutionError as error:
             raise error.within(pipeline.name) from error.original_error
 
@@ -356,11 +414,20 @@ def _nested(pipeline: Pipeline[Any, Any, Any]) -> _Call:
 
 
 def _fold(middleware: Middleware, stage_name: str, inner: _Call) -> _Call:
-    async def call(value: Any, context: Any) -> Any:
+    async def call(value: Any, context: Any, state: RunState | None = None) -> Any:
         def next_stage(value: Any) -> Any:
-            return inner(value, context)
+            return inner(value, context, state)
 
         result = middleware(next_stage, stage_name, value, context)
         return await result if is_awaitable(result) else result
 
     return call
+
+
+def _mark(error: asyncio.CancelledError, link: _Stop, attempts: int = 1) -> None:
+    """Note on a cancellation that it left this step, by the path where a nested one has noted its own."""
+    inner, made = cancelled_in(error) or ("", 1)
+    if link.is_nested and inner:
+        mark_cancelled(error, f"{link.name}/{inner}", made)
+    elif link.is_direct or inner != link.name:
+        mark_cancelled(error, link.name, attempts)

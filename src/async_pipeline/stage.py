@@ -1,17 +1,39 @@
-"""A stage: a handler with its own timeout and retries."""
+"""A stage: a handler with its own timeout and retries; and the deadline of a whole run."""
 
 import asyncio
 import functools
+import math
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import BrokenExecutor, Executor
+from contextlib import AbstractAsyncContextManager, _AsyncGeneratorContextManager
 from inspect import iscoroutinefunction
-from typing import Any, Generic, Self, TypedDict, Unpack, cast, overload
+from typing import Any, Generic, Literal, NoReturn, Self, TypedDict, Unpack, cast, overload
 
 from .context import wants_context
-from .errors import StageExecutionError, StageTimeoutError
-from .retry import BackoffMode, RetryPolicy, check_backoff, check_count, check_seconds
-from .types import Handler, In, Out, is_awaitable
+from .errors import (
+    DeadlineExceeded,
+    Finish,
+    StageExecutionError,
+    StageTimeoutError,
+    cancelled_in,
+    mark_cancelled,
+)
+from .events import check_hook, logger
+from .executor import check_executor, shares_memory, submit
+from .retry import (
+    BackoffMode,
+    RetryBudget,
+    RetryOn,
+    RetryPolicy,
+    check_backoff,
+    check_count,
+    check_fraction,
+    check_retry_on,
+    check_seconds,
+)
+from .types import Handler, In, OnError, Out, is_awaitable
 
-__all__ = ["BackoffMode", "Stage", "StageOptions", "staged"]
+__all__ = ["BackoffMode", "RunState", "Stage", "StageOptions", "cancel_requests", "staged"]
 
 
 # The async form is tried first; an async handler fits the other one too, with the same Out. If it were
@@ -27,7 +49,14 @@ class StageOptions(TypedDict, total=False):
     retries: int
     retry_delay: float
     backoff: BackoffMode | str
+    max_delay: float | None
+    jitter: float
+    retry_on: RetryOn
+    executor: Executor | Literal["thread"] | None
+    limiter: AbstractAsyncContextManager[Any, Any] | None
+    on_error: OnError | None
     pass_context: bool | None
+    retry_budget: RetryBudget | None
 
 
 class Stage(Generic[In, Out]):
@@ -46,28 +75,60 @@ class Stage(Generic[In, Out]):
             is named ``context`` or ``ctx``; ``*args`` receives it too. Classes and C callables get the
             value only.
         timeout: seconds for each attempt; ``None`` (the default) for no limit. It covers waiting for the
-            handler's awaitable, so it has no effect on a handler that blocks the event loop. A handler
-            that returns a value in spite of it has returned a value.
-        retries: attempts after the first one; 0 by default. ``CancelledError`` is never retried.
+            handler's awaitable, so it has no effect on a handler that blocks the event loop, unless that
+            one has an ``executor``. A handler that returns a value in spite of it has returned a value.
+        retries: attempts after the first one; 0 by default.
         retry_delay: seconds before a retry; 0 (the default) retries at once.
         backoff: ``"fixed"`` (the default): each delay is ``retry_delay``; ``"exponential"``: the n-th is
             ``retry_delay * 2 ** (n - 1)``.
+        max_delay: the most seconds that a delay grows to; ``None`` (the default) for no cap.
+        jitter: the part of each delay that is random, from 0 (the default) for exact delays to 1: a delay
+            ``d`` becomes ``d * (1 - jitter * U)``, ``U`` uniform in [0, 1). 1 is the AWS Architecture
+            Blog's full jitter, 0.5 its equal jitter.
+        retry_on: which errors are tried again: an exception type (``Exception`` by default), a tuple of
+            them, or a predicate ``error -> bool | float``. A number that it answers is the exact delay in
+            seconds, a server's ``Retry-After`` for example; neither ``max_delay`` nor ``jitter`` changes
+            it. Of an ``ExceptionGroup`` every leaf has to match, and the longest delay counts. A
+            predicate that raises is logged, and there is no retry. What is no ``Exception``, a
+            cancellation first of all, is never retried, nor is a broken ``executor``.
+        executor: where a sync handler runs: ``None`` (the default) on the event loop, ``"thread"`` in the
+            loop's default pool of threads, or in any :class:`concurrent.futures.Executor`. Threads get a
+            copy of the context variables; processes and interpreters get none, and no context. Waiting
+            for a free worker counts towards ``timeout``. A call whose time is up, or that is cancelled, is
+            abandoned, not killed: it goes on in its worker, its result is dropped, and ``asyncio.run`` waits
+            for its thread before it returns.
+        limiter: an async context manager entered around each attempt and shared by whoever is given it: an
+            ``asyncio.Semaphore``, an ``aiolimiter.AsyncLimiter``, one of your own. Waiting to enter it does
+            not count towards ``timeout``.
+        on_error: a sync or async ``(value, error)`` or ``(value, error, context)``, called on the event
+            loop after the last attempt with the handler's own last error. What it returns stands in for the
+            stage's output; what it raises becomes the stage's error, chained to the first.
         pass_context: decide by hand whether the handler gets the context: ``True`` or ``False``.
+        retry_budget: a :class:`~async_pipeline.RetryBudget`, which bounds the retries of all who share it.
 
     Raises:
-        TypeError: an argument of the wrong type, or a handler that takes neither form.
+        TypeError: an argument of the wrong type, a handler that takes neither form, or one that can't run
+            in the ``executor``: an async one, or one that wants the context in another process.
         ValueError: an argument that is negative, not a number, infinite, or a bool.
     """
 
     __slots__ = (
         "_is_async",
+        "_on_error",
         "_wants_context",
         "backoff",
+        "executor",
         "handler",
+        "jitter",
+        "limiter",
+        "max_delay",
         "name",
+        "on_error",
         "pass_context",
         "retries",
+        "retry_budget",
         "retry_delay",
+        "retry_on",
         "timeout",
     )
 
@@ -77,7 +138,14 @@ class Stage(Generic[In, Out]):
     retries: int
     retry_delay: float
     backoff: BackoffMode | str
+    max_delay: float | None
+    jitter: float
+    retry_on: RetryOn
+    executor: Executor | Literal["thread"] | None
+    limiter: AbstractAsyncContextManager[Any, Any] | None
+    on_error: OnError | None
     pass_context: bool | None
+    retry_budget: RetryBudget | None
 
     @overload
     def __init__(self, name: str, handler: _Async[In, Out], **options: Unpack[StageOptions]) -> None: ...
@@ -92,24 +160,38 @@ class Stage(Generic[In, Out]):
         retries: int = 0,
         retry_delay: float = 0.0,
         backoff: BackoffMode | str = "fixed",
+        max_delay: float | None = None,
+        jitter: float = 0.0,
+        retry_on: RetryOn = Exception,
+        executor: Executor | Literal["thread"] | None = None,
+        limiter: AbstractAsyncContextManager[Any, Any] | None = None,
+        on_error: OnError | None = None,
         pass_context: bool | None = None,
+        retry_budget: RetryBudget | None = None,
     ) -> None:
         _check_name(name)
         _check_handler(name, handler)
-        if timeout is not None:
-            check_seconds("timeout", timeout, zero=False)
-        check_count("retries", retries, least=0, message="retries must be greater than or equal to 0")
-        check_seconds("retry_delay", retry_delay, zero=True)
-        check_backoff(backoff)
         self.name = name
         self.handler = handler
         self.timeout = timeout
         self.retries = retries
         self.retry_delay = retry_delay
         self.backoff = backoff
+        self.max_delay = max_delay
+        self.jitter = jitter
+        self.retry_on = retry_on
+        self.executor = executor
+        self.limiter = limiter
+        self.on_error = on_error
         self.pass_context = pass_context
+        self.retry_budget = retry_budget
+        _check_times(self)
+        _check_surroundings(self)
+        self._on_error = check_hook("on_error(value, error)", on_error)
         self._wants_context = _decide_context(handler, pass_context)
         self._is_async = iscoroutinefunction(handler)
+        if executor is not None:
+            _check_off_loop(self)
 
     def __setattr__(self, attribute: str, value: object) -> None:
         # a subclass may set what it likes, as in 1.x; its run goes by what the attributes say then
@@ -138,31 +220,89 @@ class Stage(Generic[In, Out]):
             StageExecutionError: no attempt succeeded; ``original_error`` is the last one's error, a
                 :class:`~async_pipeline.StageTimeoutError` when its time ran out.
         """
-        return cast(Out, await self._run(value, {} if context is None else context))
-
-    async def _run(self, value: Any, context: Any) -> Any:
-        attempt = 1
-        while True:
-            try:
-                return await self._attempt(value, context)
-            except Exception as error:
-                failure = error
-            # outside the except, so that a cancelled sleep does not carry the failure as its context
-            delay = RetryPolicy(self.retries, self.retry_delay, self.backoff).next_delay(attempt)
-            if delay is None:
-                break
-            if delay > 0:
-                await asyncio.sleep(delay)
-            attempt += 1
         try:
-            raise StageExecutionError(self.name, failure, attempts=attempt) from failure
+            return cast(Out, await self._run(value, {} if context is None else context))
+        except Finish as finish:
+            return cast(Out, finish.value)
+
+    async def _run(self, value: Any, context: Any, state: "RunState | None" = None) -> Any:
+        attempt, budget, cancelling = 1, self.retry_budget, cancel_requests()
+        try:
+            while True:
+                try:
+                    output = await (self._attempt if self.limiter is None else self._limited)(value, context)
+                except Finish:
+                    if budget is not None:
+                        budget.record_success()
+                    raise
+                except Exception as error:
+                    # try: ... except asyncio.CancelledError: raise MyError - nothing is begun after that
+                    is_cancelled = cancel_requests() > cancelling
+                    delay = None if is_cancelled else self._delay_after(attempt, error, state)
+                    if delay is None and (is_cancelled or self._on_error[0] is None):
+                        raise StageExecutionError(self.name, error, attempts=attempt) from error
+                    if delay is None:
+                        return await self._stand_in(value, context, error, attempt)
+                else:
+                    if budget is not None:
+                        budget.record_success()
+                    return output
+                # outside the except, so that a cancelled sleep does not carry the failure as its context
+                if delay > 0:
+                    await asyncio.sleep(delay)
+                attempt += 1
+        except asyncio.CancelledError as error:
+            mark_cancelled(error, self.name, attempt)
+            raise
         finally:
-            del failure  # its traceback holds this frame
+            if state is not None:
+                state.attempts = attempt
+
+    def _delay_after(self, attempt: int, error: Exception, state: "RunState | None") -> float | None:
+        """Seconds until the next attempt, or None if there is none."""
+        if self.executor is not None and isinstance(error, BrokenExecutor):
+            return None  # it stays broken
+        policy = RetryPolicy(
+            self.retries,
+            self.retry_delay,
+            self.backoff,
+            self.max_delay,
+            self.jitter,
+            self.retry_on,
+            self.retry_budget,
+        )
+        elapsed, timeout = (0.0, math.inf) if state is None else (state.elapsed(), state.timeout)
+        try:
+            return policy.next_delay(attempt, error, elapsed, timeout)
+        except Exception as broken:
+            logger.error(
+                "retry_on=%r failed at stage %r; no retry", self.retry_on, self.name, exc_info=broken
+            )
+            return None
+
+    async def _stand_in(self, value: Any, context: Any, error: Exception, attempts: int) -> Any:
+        """What ``on_error`` makes of the last error, which is being handled: so what it raises is chained."""
+        function, wants_context = self._on_error
+        try:
+            result = cast(Any, function)(value, error, *((context,) if wants_context else ()))
+            return await result if is_awaitable(result) else result
+        except Exception as second:
+            raise StageExecutionError(self.name, second, attempts=attempts) from second
+        finally:
+            del error  # its traceback may hold this frame
+
+    async def _limited(self, value: Any, context: Any) -> Any:
+        async with cast(Any, self.limiter):
+            return await self._attempt(value, context)
+        raise RuntimeError(f"the limiter {self.limiter!r} suppressed an error of stage {self.name!r}")
 
     async def _attempt(self, value: Any, context: Any) -> Any:
-        result = self.handler(value, context) if self._wants_context else self.handler(value)
-        if not self._is_async and not is_awaitable(result):
-            return result
+        if self.executor is not None:
+            result: Any = self._off_loop(value, context)
+        else:
+            result = self.handler(value, context) if self._wants_context else self.handler(value)
+            if not self._is_async and not is_awaitable(result):
+                return result
         if self.timeout is None:
             return await result
         was_cancelled = False
@@ -178,6 +318,11 @@ class Stage(Generic[In, Out]):
             if scope.expired() and (was_cancelled or isinstance(error.__cause__, asyncio.CancelledError)):
                 raise StageTimeoutError(self.timeout) from error
             raise
+
+    async def _off_loop(self, value: Any, context: Any) -> Any:
+        arguments = (value, context) if self._wants_context else (value,)
+        result = await submit(self.executor, self.handler, *arguments)
+        return await result if is_awaitable(result) else result
 
     def replace(self, **options: Any) -> Self:
         """Return a stage like this one with other options, ``name`` or ``handler``.
@@ -199,6 +344,57 @@ class Stage(Generic[In, Out]):
         return f"{type(self).__name__}({getattr(self, 'name', None)!r}{options})"
 
 
+class RunState:
+    """What a run hands from step to step: how long all of it may take, in seconds of the loop's clock."""
+
+    __slots__ = ("_clock", "_started", "attempts", "timeout")
+
+    def __init__(self, timeout: float) -> None:
+        check_seconds("timeout", timeout, zero=False)
+        self._clock = asyncio.get_running_loop().time
+        self._started = self._clock()
+        self.timeout = timeout
+        self.attempts = 1  # at the stage that runs, as far as it is known
+
+    def elapsed(self) -> float:
+        return self._clock() - self._started
+
+    def check(self, stage_name: str) -> None:
+        """Raise if the time is up, because the stage blocked the event loop or swallowed its cancellation."""
+        if self.elapsed() >= self.timeout:
+            self._exceed(stage_name, self.attempts, None)
+
+    async def bound(self, run: Coroutine[Any, Any, Any], name: str) -> Any:
+        """Await ``run``, the whole of it, and cancel it when the time is up."""
+        cancellation = None
+        try:
+            async with asyncio.timeout_at(self._started + self.timeout) as scope:
+                try:
+                    return await run
+                except asyncio.CancelledError as error:
+                    cancellation = error
+                    raise
+        except TimeoutError as error:
+            if cancellation is None or not scope.expired():
+                raise  # a middleware's own
+            self._exceed(*(cancelled_in(cancellation) or (name, 1)), error)
+        finally:
+            del cancellation  # its traceback holds this frame
+
+    def _exceed(self, stage_name: str, attempts: int, cause: BaseException | None) -> NoReturn:
+        error = DeadlineExceeded(self.timeout)
+        error.__cause__ = cause
+        raise StageExecutionError(stage_name, error, attempts=attempts) from error
+
+
+def cancel_requests() -> int:
+    """Return how often the current task has been asked to end, and has not taken it back."""
+    try:
+        return asyncio.current_task().cancelling()  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):  # no task, or not even an event loop: driven by hand
+        return 0
+
+
 _DEFAULTS: dict[str, Any] = Stage.__init__.__kwdefaults__ or {}
 
 
@@ -216,6 +412,51 @@ def _check_handler(name: str, handler: object) -> None:
         )
     if not callable(handler):
         raise TypeError(f"handler must be a callable (value) or (value, context), not {handler!r}")
+
+
+def _check_times(stage: Stage[Any, Any]) -> None:
+    if stage.timeout is not None:
+        check_seconds("timeout", stage.timeout, zero=False)
+    check_count("retries", stage.retries, least=0, message="retries must be greater than or equal to 0")
+    check_seconds("retry_delay", stage.retry_delay, zero=True)
+    check_backoff(stage.backoff)
+    if stage.max_delay is not None:
+        check_seconds("max_delay", stage.max_delay, zero=True)
+    check_fraction("jitter", stage.jitter)
+
+
+def _check_surroundings(stage: Stage[Any, Any]) -> None:
+    check_retry_on(stage.retry_on)
+    check_executor(stage.executor)
+    _check_limiter(stage.limiter)
+    budget: object = stage.retry_budget
+    if not (budget is None or isinstance(budget, RetryBudget)):
+        raise TypeError(f"retry_budget must be a RetryBudget, not {budget!r}; write RetryBudget()")
+
+
+def _check_limiter(limiter: object) -> None:
+    kind = type(limiter)
+    if limiter is not None and not (hasattr(kind, "__aenter__") and hasattr(kind, "__aexit__")):
+        raise TypeError(
+            f"limiter must be an async context manager, not {limiter!r}; write limiter=asyncio.Semaphore(10)"
+        )
+    if isinstance(limiter, _AsyncGeneratorContextManager):
+        raise TypeError(
+            "limiter is entered for each attempt, but what @asynccontextmanager makes can be entered once; "
+            "write a class with __aenter__ and __aexit__"
+        )
+
+
+def _check_off_loop(stage: Stage[Any, Any]) -> None:
+    if stage._is_async:
+        raise TypeError(
+            f"executor= is for sync handlers, but {stage.handler!r} is async: it runs on the event loop"
+        )
+    if stage._wants_context and not shares_memory(stage.executor):
+        raise TypeError(
+            f"handler {stage.handler!r} wants the context, of which executor={stage.executor!r} would change "
+            'only a copy: let the handler take (value), or write executor="thread"'
+        )
 
 
 def _decide_context(handler: Handler, pass_context: bool | None) -> bool:

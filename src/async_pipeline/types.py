@@ -27,6 +27,7 @@ __all__ = [
     "DefaultContext",
     "Handler",
     "Middleware",
+    "OnError",
     "Step",
     "is_awaitable",
 ]
@@ -49,6 +50,9 @@ AfterStageHook: TypeAlias = (
 ``error`` is ``None``, the :class:`~async_pipeline.StageExecutionError`, or the cancellation (a
 ``BaseException``; a hook annotated with ``BaseException | None`` fits as well).
 """
+
+OnError: TypeAlias = Callable[[Any, Any], Any] | Callable[[Any, Any, Any], Any]
+"""``(value, error)`` or ``(value, error, context)``, sync or async; what it returns is the stage's output."""
 
 Middleware: TypeAlias = Callable[[Callable[[Any], Awaitable[Any]], str, Any, Any], Any]
 """``(next, stage_name, value, context)``, async, or sync returning a value or an awaitable."""

@@ -1,10 +1,14 @@
 """What the type checker knows of a stage: its input and output come from the handler."""
 
+import asyncio
 from collections.abc import Awaitable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypedDict, assert_type
 
-from async_pipeline import Pipeline, Stage, staged
+from aiolimiter import AsyncLimiter
+
+from async_pipeline import Pipeline, RetryBudget, Stage, staged
 
 
 @dataclass
@@ -190,3 +194,63 @@ async def test_subclasses() -> None:
     assert_type(doubling.replace(retries=2), Doubling)
     assert_type(await Named("slow").run("x"), bytes)
     Doubling("fetch", fetch)  # type: ignore[arg-type]
+
+
+class Busy(Exception):  # noqa: N818
+    retry_after = 60.0
+
+
+def worth_it(error: Exception) -> bool | float:
+    return error.retry_after if isinstance(error, Busy) else isinstance(error, OSError)
+
+
+def only_busy(error: Busy) -> float | None:
+    return error.retry_after
+
+
+def empty(url: str, error: Exception) -> bytes:
+    return b""
+
+
+async def empty_later(url: str, error: Exception, session: Session) -> bytes:
+    return session.user.encode()
+
+
+class Slots:
+    async def __aenter__(self) -> None: ...
+    async def __aexit__(self, *error: object) -> None: ...
+
+
+def test_resilience() -> None:
+    limiter = asyncio.Semaphore(10)
+    budget = RetryBudget(max_tokens=10, token_ratio=0.1)
+    assert_type(
+        Stage("fetch", fetch, limiter=limiter, max_delay=30, jitter=0.5, retry_budget=budget),
+        Stage[str, bytes],
+    )
+    assert_type(Stage("fetch", fetch, retry_on=OSError, on_error=empty), Stage[str, bytes])
+    assert_type(Stage("fetch", fetch, retry_on=(OSError, ValueError), limiter=Slots()), Stage[str, bytes])
+    assert_type(Stage("fetch", fetch, retry_on=worth_it, on_error=empty_later), Stage[str, bytes])
+    assert_type(Stage("fetch", fetch, retry_on=lambda error: 1.0), Stage[str, bytes])
+    assert_type(Stage("fetch", fetch, retry_on=only_busy, on_error=lambda url, error: b""), Stage[str, bytes])
+    assert_type(Stage("fetch", fetch, limiter=AsyncLimiter(50)), Stage[str, bytes])
+    assert_type(Stage("parse", parse, executor="thread"), Stage[bytes, Row])
+    assert_type(Stage("parse", parse, executor=ProcessPoolExecutor()), Stage[bytes, Row])
+    assert_type(staged(executor=ThreadPoolExecutor())(parse), Stage[bytes, Row])
+    Stage("fetch", fetch, retry_on="OSError")  # type: ignore[call-overload]
+    Stage("fetch", fetch, retry_on=[OSError])  # type: ignore[call-overload]
+    Stage("fetch", fetch, limiter=10)  # type: ignore[call-overload]
+    Stage("fetch", fetch, on_error=b"")  # type: ignore[call-overload]
+    Stage("fetch", fetch, retry_budget=10)  # type: ignore[call-overload]
+    Stage("parse", parse, executor="process")  # type: ignore[call-overload]
+
+
+async def test_timeout_of_a_run() -> None:
+    pipeline: Pipeline[str, bytes] = Pipeline([fetch])
+    assert_type(await pipeline.run("x", timeout=5), bytes)
+    assert_type(await pipeline.map(["x"], timeout=0.5), list[bytes])
+    assert_type((await pipeline.try_run("x", timeout=5)).unwrap(), bytes)
+    async with pipeline.stream(["x"], timeout=5) as results:
+        async for value in results:
+            assert_type(value, bytes)
+    await pipeline.run("x", timeout="5")  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ..retry import BackoffMode, RetryPolicy, check_backoff, check_count, check_seconds
+from ..stage import cancel_requests
 
 __all__ = ["RetryMiddleware"]
 
@@ -33,13 +34,14 @@ class RetryMiddleware:
     async def __call__(
         self, next_stage: Callable[[Any], Awaitable[Any]], stage_name: str, value: Any, context: Any
     ) -> Any:
-        attempt = 1
+        attempt, cancelling = 1, cancel_requests()
         while True:
             try:
                 return await next_stage(value)
-            except Exception:
-                delay = self._policy.next_delay(attempt)
-                if delay is None:
+            except Exception as error:
+                delay = self._policy.next_delay(attempt, error)
+                # a handler may have turned its cancellation into an error of its own
+                if delay is None or cancel_requests() > cancelling:
                     raise
             if delay > 0:
                 await asyncio.sleep(delay)
