@@ -1,6 +1,6 @@
-"""The README's Python blocks run, print what stands below them, and its two commands are there.
+"""The Python blocks of README and docs run, print what stands below them; the README's two commands are there.
 
-The blocks share one namespace, in their order, so that a later one can use what an earlier one defined.
+The blocks of a page share one namespace, in their order, so that a later one can use what an earlier one defined.
 ``await`` may stand at the top level. All waiting is virtual. A ```text block that follows a Python block,
 with nothing between the two, is what that one prints.
 """
@@ -22,6 +22,7 @@ from async_pipeline.testing import VirtualClockLoop
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 SHELLS = ("sh", "bash", "shell", "console")
 
@@ -101,8 +102,19 @@ def test_python_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     check_blocks(README, capsys)
 
 
-def test_every_fence_is_found() -> None:
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_python_blocks_of_the_docs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_blocks(path, capsys)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_the_docs_are_linked_from_the_readme(path: Path) -> None:
+    assert f"(docs/{path.name})" in README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
+def test_every_fence_is_found(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
     assert text.count("```") == 2 * len(find_blocks(text))
 
 
