@@ -15,8 +15,15 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from async_pipeline import Pipeline, Stage, StageExecutionError, StageTimeoutError, middlewares
-from async_pipeline.middlewares import LoggingMiddleware, RetryMiddleware, TimeoutMiddleware, TimingMiddleware
+from async_pipeline import Finish, Pipeline, Stage, StageExecutionError, StageTimeoutError, middlewares
+from async_pipeline.middlewares import (
+    CacheMiddleware,
+    CircuitBreakerMiddleware,
+    LoggingMiddleware,
+    RetryMiddleware,
+    TimeoutMiddleware,
+    TimingMiddleware,
+)
 from async_pipeline.middlewares import timing as timing_module
 
 Next = Callable[[Any], Awaitable[Any]]
@@ -41,7 +48,11 @@ def pipeline_of(*handlers: Any, with_: list[Any]) -> Pipeline[Any, Any]:
 def test_the_package_offers_them_all() -> None:
     assert middlewares.__all__ == sorted(middlewares.__all__)
     assert set(middlewares.__all__) == {
+        "Cache",
+        "CacheMiddleware",
+        "CircuitBreakerMiddleware",
         "LoggingMiddleware",
+        "MemoryCache",
         "RetryMiddleware",
         "TimeoutMiddleware",
         "TimingMiddleware",
@@ -50,7 +61,14 @@ def test_the_package_offers_them_all() -> None:
 
 @pytest.mark.parametrize(
     "middleware",
-    [LoggingMiddleware(), RetryMiddleware(), TimeoutMiddleware(5), TimingMiddleware()],
+    [
+        CacheMiddleware(),
+        CircuitBreakerMiddleware(99),
+        LoggingMiddleware(),
+        RetryMiddleware(),
+        TimeoutMiddleware(5),
+        TimingMiddleware(),
+    ],
     ids=lambda middleware: type(middleware).__name__,
 )
 class TestAll:
@@ -76,6 +94,19 @@ class TestAll:
 
         with pytest.raises(asyncio.CancelledError):
             await middleware(next_stage, "fetch", 1, {})
+        assert calls == [1]
+
+    async def test_pass_finish_after_one_call(self, middleware: Any) -> None:
+        calls: list[Any] = []
+        finish = Finish("done")
+
+        async def next_stage(value: Any) -> Any:
+            calls.append(value)
+            raise finish
+
+        with pytest.raises(Finish) as caught:
+            await middleware(next_stage, "fetch", 1, {})
+        assert caught.value is finish
         assert calls == [1]
 
     async def test_serve_many_runs_at_once(self, middleware: Any) -> None:
@@ -126,6 +157,21 @@ class TestLogging:
             "Starting stage: broken input='b'",
             "Stage failed: broken input='b'",
         ]
+
+    @pytest.mark.parametrize(("include_value", "output"), [(False, ""), (True, " output='done'")])
+    async def test_finish_is_an_end(
+        self, caplog: pytest.LogCaptureFixture, include_value: bool, output: str
+    ) -> None:
+        async def next_stage(value: Any) -> Any:
+            raise Finish("done")
+
+        middleware = LoggingMiddleware(level=logging.DEBUG, include_value=include_value)
+        with pytest.raises(Finish):
+            await middleware(next_stage, "fetch", 1, {})
+        assert caplog.record_tuples[1:] == [
+            ("async_pipeline", logging.DEBUG, f"Finished stage: fetch{output}")
+        ]
+        assert caplog.records[1].exc_info is None
 
     async def test_percent_signs_are_no_formats(self, caplog: pytest.LogCaptureFixture) -> None:
         middleware = LoggingMiddleware(include_value=True)
