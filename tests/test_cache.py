@@ -312,10 +312,6 @@ class TestCaches:
         with pytest.raises(TypeError, match=r"^ttl must be a number of seconds"):
             CacheMiddleware(ttl="60")  # type: ignore[arg-type]
 
-    def test_all_but_the_cache_are_keywords(self) -> None:
-        with pytest.raises(TypeError):
-            CacheMiddleware(None, str)  # type: ignore[call-arg]
-
     async def test_an_error_of_get_is_logged_and_a_miss(self, caplog: pytest.LogCaptureFixture) -> None:
         store = Store()
         store.errors["get"] = ConnectionError("down")
