@@ -19,7 +19,9 @@ from async_pipeline.errors import (
     PipelineError,
     StageExecutionError,
     StageTimeoutError,
+    behind,
     cancelled_in,
+    finish_of,
     mark_cancelled,
 )
 
@@ -382,6 +384,38 @@ class TestDeadlockError:
         assert str(twin) == str(error)
         assert isinstance(twin.__cause__, OSError)
         assert twin.__notes__ == ["in the nightly tests"]
+
+
+class TestFinishOf:
+    def test_itself_or_the_first_of_a_group_of_them(self) -> None:
+        first, second = Finish(1), Finish(2)
+        assert finish_of(first) is first
+        assert finish_of(BaseExceptionGroup("", [BaseExceptionGroup("", [first]), second])) is first
+
+    @pytest.mark.parametrize(
+        "other",
+        [SystemExit(), BaseExceptionGroup("", [BaseExceptionGroup("", [Finish(1)]), GeneratorExit()])],
+    )
+    def test_anything_else_is_raised(self, other: BaseException) -> None:
+        with pytest.raises(type(other)) as caught:
+            finish_of(other)
+        assert caught.value is other
+
+
+class TestBehind:
+    def test_itself_its_cause_or_its_context(self) -> None:
+        key, value, error = KeyError(), ValueError(), OSError()
+        error.__cause__, error.__context__ = key, value
+        assert behind(error, OSError) is error
+        assert behind(error, KeyError) is key
+        assert behind(error, ValueError) is value
+        assert behind(error, TypeError) is None
+
+    def test_the_whole_chain_and_also_in_a_circle(self) -> None:
+        first, second, third = OSError(), KeyError(), ValueError()
+        first.__context__, second.__context__, third.__context__ = second, third, second
+        assert behind(first, ValueError) is third
+        assert behind(first, TypeError) is None
 
 
 class TestCancelledIn:

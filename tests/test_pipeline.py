@@ -24,6 +24,7 @@ from async_pipeline import (
     StageExecutionError,
     StageTimeoutError,
 )
+from async_pipeline.middlewares import CircuitBreakerMiddleware, RetryMiddleware
 from tests.helpers import run_virtually
 
 HOOKS: list[dict[str, Any]] = [{}, {"before_stage": lambda name, value: None}]
@@ -400,6 +401,44 @@ class TestHooks:
             Pipeline([double], **{parameter: hook})
 
 
+async def hurt(name: str, value: Any, *_: Any) -> None:
+    """A hook that makes an error of its own of a cancellation."""
+    if name == "wait":
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            raise ConnectionError("metrics") from None
+
+
+@pytest.mark.virtual
+@pytest.mark.parametrize("hook", ["before_stage", "after_stage"])
+async def test_a_hook_that_swallows_a_cancellation_does_not_hide_it(
+    hook: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    hooks: dict[str, Any] = {hook: hurt}
+    task = asyncio.create_task(Pipeline([Stage("wait", double), never], **hooks).run(1))
+    await asyncio.sleep(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert "ConnectionError: metrics" in caplog.text
+
+
+async def test_a_hook_that_fails_after_a_cancellation_of_something_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def before(name: str, value: Any) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.cancel()
+        try:
+            await future
+        except asyncio.CancelledError:
+            raise ConnectionError("metrics") from None
+
+    assert await Pipeline([double], before_stage=before).run(1) == 2
+    assert "ConnectionError: metrics" in caplog.text
+
+
 class TestMiddlewares:
     async def test_the_first_in_the_list_is_outermost(self) -> None:
         log = Log()
@@ -624,7 +663,7 @@ class TestTimeout:
 
         pipeline = Pipeline([Stage("a", never)], before_stage=slow, after_stage=after)
         assert await exceeded(pipeline, 3) == ("a", 1, 8)
-        assert seen == [StageExecutionError]
+        assert seen == [asyncio.CancelledError]
 
     async def test_names_a_nested_stage_by_its_path(self) -> None:
         inner = Pipeline([Sleep(1), Stage("slow", Sleep(60), retries=1)], name="inner")
@@ -725,6 +764,69 @@ class TestTimeout:
         assert await exceeded(Pipeline([Stage("block", block), last]), 3) == ("block", 1, 10)
         assert await Pipeline([block]).run(7, timeout=3) == 7
         assert last.calls == 0
+
+    async def test_no_middleware_calls_a_stage_after_it(self) -> None:
+        calls = 0
+
+        def blocking(value: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            loop: Any = asyncio.get_running_loop()
+            loop._set_time(loop.time() + 10)
+            raise ValueError
+
+        async def persistent(next_stage: Any, name: str, value: Any, context: Any) -> Any:
+            while True:
+                try:
+                    return await next_stage(value)
+                except Exception:
+                    continue
+
+        for middleware in (RetryMiddleware(3), persistent):
+            assert (await exceeded(Pipeline([Stage("a", blocking)], middlewares=[middleware]), 3))[:2] == (
+                "a",
+                1,
+            )
+            nested = Pipeline([Pipeline([blocking, never], name="in")], middlewares=[middleware])
+            assert (await exceeded(nested, 3))[:2] == ("in", 1)
+        assert calls == 4
+
+    async def test_a_nested_one_is_no_failure_to_a_breaker(self) -> None:
+        breaker = CircuitBreakerMiddleware(failures=1)
+        pipeline = Pipeline([Pipeline([stubborn, never], name="in")], middlewares=[breaker])
+        assert await exceeded(pipeline, 3) == ("in/stubborn", 1, 8)
+        assert breaker.state("in") == "closed"
+
+    async def test_on_error_does_not_outlive_it(self) -> None:
+        def blocking(value: Any) -> Any:
+            loop: Any = asyncio.get_running_loop()
+            loop._set_time(loop.time() + 10)
+            raise ValueError("mine")
+
+        error = await failure_of(
+            Pipeline([Stage("a", blocking, on_error=lambda value, error: "late")]), timeout=3
+        )
+        assert repr(error.original_error) == "ValueError('mine')"
+
+    async def test_a_rounding_error_does_not_prolong_it(self) -> None:
+        await asyncio.sleep(0.7)  # 0.7 + 0.1 - 0.7 is less than 0.1
+        error = await failure_of(Pipeline([stubborn, Sleep(3600)]), timeout=0.1)
+        assert isinstance(error.original_error, DeadlineExceeded)
+        assert now() < 6
+
+    async def test_after_a_task_group_that_failed(self) -> None:
+        async def handler(value: Any) -> Any:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(Sleep(1, ValueError())(value))
+                    group.create_task(Sleep(9)(value))
+            except* ValueError:
+                pass
+            return value
+
+        error = await failure_of(Pipeline([handler, Stage("slow", Sleep(60))]), timeout=5)
+        assert isinstance(error.original_error, DeadlineExceeded)
+        assert (error.stage_name, now()) == ("slow", 5)
 
     async def test_a_timeout_error_of_a_middleware_stays_what_it_is(self) -> None:
         mine = TimeoutError("mine")
@@ -907,6 +1009,33 @@ class TestFinish:
             ("after", "finish", 1, output, None),
             ("after", "inner", 1, output, None),
         ]
+
+    @pytest.mark.parametrize("hooks", HOOKS)
+    @pytest.mark.parametrize("options", [{}, {"retries": 3}, {"timeout": 5}])
+    async def test_in_a_task_group_of_the_handlers(self, options: Any, hooks: Any) -> None:
+        async def handler(value: Any) -> None:
+            async with asyncio.TaskGroup() as outer:
+                outer.create_task(asyncio.sleep(3600))
+                async with asyncio.TaskGroup() as inner:
+                    inner.create_task(finish_later(value))
+
+        pipeline = Pipeline([Stage("group", handler, **options), never], **hooks)
+        assert await pipeline.run(1) == ("finished", 1)
+        assert await pipeline.map([1, 2]) == [("finished", 1), ("finished", 2)]
+        stage: Stage[Any, Any] = Stage("group", handler, **options)
+        assert await stage.run(1) == ("finished", 1)
+
+    @pytest.mark.parametrize("hooks", HOOKS)
+    async def test_another_group_of_base_exceptions_leaves_as_it_is(self, hooks: Any) -> None:
+        group = BaseExceptionGroup("both", [Finish(1), GeneratorExit()])
+
+        def handler(value: Any) -> None:
+            raise group
+
+        for options in ({}, {"retries": 1}):
+            with pytest.raises(BaseExceptionGroup) as caught:
+                await Pipeline([Stage("group", handler, **cast(Any, options))], **hooks).run(1)
+            assert caught.value is group
 
     async def test_a_hook_and_a_middleware_may_raise_it(self) -> None:
         async def middleware(next_stage: Any, name: str, value: Any, context: Any) -> Any:

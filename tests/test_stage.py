@@ -781,6 +781,91 @@ class TestNoAttemptAfterACancellation:
         assert await task == "rest"
         assert len(handler.times) == 3
 
+    @pytest.mark.virtual
+    async def test_a_failed_task_group_is_none(self) -> None:
+        # before CPython 3.13 it leaves a request to end behind in the task (gh-116720)
+        attempts: list[float] = []
+
+        async def fail_later() -> None:
+            await asyncio.sleep(1)
+            raise ConnectionError
+
+        async def handler(value: Any) -> None:
+            attempts.append(now())
+            if len(attempts) == 4:
+                raise ValueError
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fail_later())
+                group.create_task(asyncio.sleep(9))
+
+        stage: Stage[Any, Any] = Stage("fetch", handler, retries=4)
+        error = await failure_of(stage)
+        assert error.attempts == 5
+        assert attempts == [0, 1, 2, 3, 3]
+        attempts.clear()
+        assert await stage.replace(on_error=lambda value, error: "default").run(1) == "default"
+
+    async def test_a_timeout_that_was_not_taken_back_is_none(self) -> None:
+        # as those of aiohttp before 3.10.10 and async_timeout before 5
+        task: Any = asyncio.current_task()
+
+        async def handler(value: Any) -> None:
+            task.cancel()
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                raise TimeoutError from None
+
+        async def wrapped(value: Any) -> None:
+            try:
+                await handler(value)
+            except TimeoutError as error:
+                raise ConnectionError from error
+
+        for each in (handler, wrapped):
+            assert (await failure_of(Stage("fetch", each, retries=3))).attempts == 4
+            assert task.cancelling() == 0
+
+    async def test_a_timeout_and_a_cancellation_are_one(self) -> None:
+        task: Any = asyncio.current_task()
+
+        async def handler(value: Any) -> None:
+            task.cancel()
+            task.cancel()
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                raise TimeoutError from None
+
+        assert (await failure_of(Stage("fetch", handler, retries=3))).attempts == 1
+        assert task.cancelling() == 2
+        task.uncancel()
+        task.uncancel()
+
+    @pytest.mark.virtual
+    async def test_nor_one_that_was_cancelled(self) -> None:
+        attempts = 0
+
+        async def fail_on_the_way_out() -> None:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                raise ConnectionError
+
+        async def handler(value: Any) -> None:
+            nonlocal attempts
+            attempts += 1
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fail_on_the_way_out())
+                await asyncio.sleep(3600)
+
+        task = asyncio.create_task(Stage("fetch", handler, retries=3).run(1))
+        await asyncio.sleep(1)
+        task.cancel()
+        with pytest.raises(StageExecutionError):
+            await task
+        assert attempts == 1
+
     async def test_that_the_handler_made_and_took_back_is_none(self) -> None:
         task: Any = asyncio.current_task()
 
@@ -1000,6 +1085,14 @@ class TestOnError:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
                 await Stage("fetch", failing(1), on_error=slow).run(1)
+
+    async def test_a_subclass_may_set_it_later(self) -> None:
+        class Defaulted(Stage[Any, Any]):
+            def __init__(self, name: str, handler: Any) -> None:
+                super().__init__(name, handler)
+                self.on_error = lambda value, error: "default"
+
+        assert await Defaulted("fetch", failing(1)).run(1) == "default"
 
     async def test_leaves_no_reference_cycle(self) -> None:
         class LargeError(Exception):

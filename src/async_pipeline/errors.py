@@ -231,6 +231,29 @@ class Finish(BaseException):
         self.value = value
 
 
+def finish_of(ended: BaseException) -> Finish:
+    """Return a :class:`Finish`, or the first one of a group that holds nothing else; raise anything else."""
+    leaf = ended
+    while isinstance(leaf, BaseExceptionGroup) and leaf.split(Finish)[1] is None:
+        leaf = leaf.exceptions[0]
+    if isinstance(leaf, Finish):
+        return leaf
+    raise ended
+
+
+def behind(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    """Return the error itself, or the first one in the chain behind it, that is of a kind."""
+    waiting, seen = [error], set()
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, kind):
+            return current
+        seen.add(id(current))
+        links = (current.__context__, current.__cause__)
+        waiting += [link for link in links if link is not None and id(link) not in seen]
+    return None
+
+
 _WHERE = "_async_pipeline_stage"
 
 

@@ -5,11 +5,11 @@ from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Sequen
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, cast, overload
 
-from .errors import Finish, StageExecutionError, cancelled_in, mark_cancelled
+from .errors import Finish, StageExecutionError, cancelled_in, finish_of, mark_cancelled
 from .events import check_hook, fire, report
 from .fanout import Batch, Stream
 from .outcome import Outcome
-from .stage import RunState, Stage, callable_name
+from .stage import RunState, Stage, callable_name, raise_cancellation
 from .types import AfterStageHook, BeforeStageHook, ContextT, First, Last, Middleware, Step, is_awaitable
 
 __all__ = ["Pipeline"]
@@ -157,8 +157,8 @@ class Pipeline(Generic[First, Last, ContextT]):
         except asyncio.CancelledError as error:
             _mark(error, link)
             raise
-        except Finish as finish:
-            value = finish.value
+        except (Finish, BaseExceptionGroup) as ended:
+            value = finish_of(ended).value
         output: Last = value  # not cast(): it is a call, and this is the hottest line
         return output
 
@@ -170,7 +170,7 @@ class Pipeline(Generic[First, Last, ContextT]):
         try:
             for name, call, wants, is_async, link in self._links:
                 if state is not None:
-                    state.attempts = 1
+                    state.begin_stage()
                 try:
                     # inside the try: an after_stage belongs to a before_stage that was cancelled, too
                     if before is not None:
@@ -180,8 +180,9 @@ class Pipeline(Generic[First, Last, ContextT]):
                                 await fired
                         except Exception as error:
                             report(before, name, error)
+                            raise_cancellation(error)
                         if state is not None:
-                            state.check(name)
+                            state.check()
                     try:
                         if state is not None and wants == _WITH_STATE:
                             output = call(value, context, state)
@@ -193,6 +194,8 @@ class Pipeline(Generic[First, Last, ContextT]):
                         if link.is_direct:
                             raise StageExecutionError(name, error) from error
                         raise
+                    except BaseExceptionGroup as group:
+                        raise finish_of(group) from None
                 except Finish as finish:
                     await fire(self._after, context, name, value, finish.value, None)
                     raise
@@ -210,9 +213,10 @@ class Pipeline(Generic[First, Last, ContextT]):
                             await fired
                     except Exception as error:
                         report(after, name, error)
+                        raise_cancellation(error)
                 value = output
                 if state is not None and not link.is_last:
-                    state.check(name)
+                    state.check()
         except asyncio.CancelledError as error:
             _mark(error, link, 1 if state is None else state.attempts)
             raise
@@ -416,6 +420,8 @@ def _nested(pipeline: Any) -> _Call:
 def _fold(middleware: Middleware, stage_name: str, inner: _Call) -> _Call:
     async def call(value: Any, context: Any, state: RunState | None = None) -> Any:
         def next_stage(value: Any) -> Any:
+            if state is not None:
+                state.check()  # not even for a middleware that calls it again and again
             return inner(value, context, state)
 
         result = middleware(next_stage, stage_name, value, context)

@@ -81,8 +81,8 @@ class RetryBudget:
     def __init__(self, max_tokens: float = 10, token_ratio: float = 0.1) -> None:
         _check_positive("max_tokens", max_tokens)
         _check_positive("token_ratio", token_ratio)
-        self.max_tokens = max_tokens
-        self.token_ratio = token_ratio
+        self.max_tokens: float = max_tokens
+        self.token_ratio: float = token_ratio
         self.tokens: float = max_tokens
 
     def record_success(self) -> None:

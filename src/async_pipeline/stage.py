@@ -3,11 +3,12 @@
 import asyncio
 import functools
 import math
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import AbstractAsyncContextManager, _AsyncGeneratorContextManager
 from inspect import iscoroutinefunction
-from typing import Any, Generic, Literal, NoReturn, Self, TypedDict, Unpack, cast, overload
+from typing import Any, Generic, Literal, Self, TypedDict, Unpack, cast, overload
 
 from .context import wants_context
 from .errors import (
@@ -15,7 +16,9 @@ from .errors import (
     Finish,
     StageExecutionError,
     StageTimeoutError,
+    behind,
     cancelled_in,
+    finish_of,
     mark_cancelled,
 )
 from .events import check_hook, logger
@@ -33,7 +36,7 @@ from .retry import (
 )
 from .types import Handler, In, OnError, Out, is_awaitable
 
-__all__ = ["BackoffMode", "RunState", "Stage", "StageOptions", "cancel_requests", "staged"]
+__all__ = ["BackoffMode", "RunState", "Stage", "StageOptions", "cancel_requests", "staged", "was_cancelled"]
 
 
 # The async form is tried first; an async handler fits the other one too, with the same Out. If it were
@@ -99,7 +102,8 @@ class Stage(Generic[In, Out]):
             for its thread before it returns.
         limiter: an async context manager entered around each attempt and shared by whoever is given it: an
             ``asyncio.Semaphore``, an ``aiolimiter.AsyncLimiter``, one of your own. Waiting to enter it does
-            not count towards ``timeout``.
+            not count towards ``timeout``. One semaphore as ``limiter`` and as ``concurrency`` of a batch, or
+            as ``limiter`` of a stage that a handler runs under it, can deadlock.
         on_error: a sync or async ``(value, error)`` or ``(value, error, context)``, called on the event
             loop after the last attempt with the handler's own last error. What it returns stands in for the
             stage's output; what it raises becomes the stage's error, chained to the first.
@@ -114,7 +118,7 @@ class Stage(Generic[In, Out]):
 
     __slots__ = (
         "_is_async",
-        "_on_error",
+        "_on_error_wants_context",
         "_wants_context",
         "backoff",
         "executor",
@@ -187,7 +191,7 @@ class Stage(Generic[In, Out]):
         self.retry_budget = retry_budget
         _check_times(self)
         _check_surroundings(self)
-        self._on_error = check_hook("on_error(value, error)", on_error)
+        _, self._on_error_wants_context = check_hook("on_error(value, error)", on_error)
         self._wants_context = _decide_context(handler, pass_context)
         self._is_async = iscoroutinefunction(handler)
         if executor is not None:
@@ -226,23 +230,24 @@ class Stage(Generic[In, Out]):
             return cast(Out, finish.value)
 
     async def _run(self, value: Any, context: Any, state: "RunState | None" = None) -> Any:
-        attempt, budget, cancelling = 1, self.retry_budget, cancel_requests()
+        attempt, budget, requests = 1, self.retry_budget, cancel_requests()
         try:
             while True:
                 try:
                     output = await (self._attempt if self.limiter is None else self._limited)(value, context)
-                except Finish:
-                    if budget is not None:
-                        budget.record_success()
-                    raise
                 except Exception as error:
                     # try: ... except asyncio.CancelledError: raise MyError - nothing is begun after that
-                    is_cancelled = cancel_requests() > cancelling
-                    delay = None if is_cancelled else self._delay_after(attempt, error, state)
-                    if delay is None and (is_cancelled or self._on_error[0] is None):
+                    is_over = (state is not None and state.is_over()) or was_cancelled(error, requests)
+                    delay = None if is_over else self._delay_after(attempt, error, state)
+                    if delay is None and (is_over or self.on_error is None):
                         raise StageExecutionError(self.name, error, attempts=attempt) from error
                     if delay is None:
                         return await self._stand_in(value, context, error, attempt)
+                except (Finish, BaseExceptionGroup) as ended:
+                    finish = finish_of(ended)
+                    if budget is not None:
+                        budget.record_success()
+                    raise finish from None
                 else:
                     if budget is not None:
                         budget.record_success()
@@ -282,9 +287,9 @@ class Stage(Generic[In, Out]):
 
     async def _stand_in(self, value: Any, context: Any, error: Exception, attempts: int) -> Any:
         """What ``on_error`` makes of the last error, which is being handled: so what it raises is chained."""
-        function, wants_context = self._on_error
+        rest = (context,) if self._on_error_wants_context else ()
         try:
-            result = cast(Any, function)(value, error, *((context,) if wants_context else ()))
+            result = cast(Any, self.on_error)(value, error, *rest)
             return await result if is_awaitable(result) else result
         except Exception as second:
             raise StageExecutionError(self.name, second, attempts=attempts) from second
@@ -344,47 +349,67 @@ class Stage(Generic[In, Out]):
         return f"{type(self).__name__}({getattr(self, 'name', None)!r}{options})"
 
 
+# when a child fails while its TaskGroup waits, the parent task keeps a request to end (CPython gh-116720)
+_LEAVES_REQUESTS = sys.version_info < (3, 13)
+
+
 class RunState:
     """What a run hands from step to step: how long all of it may take, in seconds of the loop's clock."""
 
-    __slots__ = ("_clock", "_started", "attempts", "timeout")
+    __slots__ = ("_clock", "_requests", "_scope", "_started", "attempts", "timeout")
 
     def __init__(self, timeout: float) -> None:
         check_seconds("timeout", timeout, zero=False)
         self._clock = asyncio.get_running_loop().time
         self._started = self._clock()
-        self.timeout = timeout
-        self.attempts = 1  # at the stage that runs, as far as it is known
+        self._scope = asyncio.timeout_at(self._started + timeout)
+        self._requests = cancel_requests()
+        self.timeout: float = timeout
+        self.attempts: int = 1  # at the stage that runs, as far as it is known
+
+    def begin_stage(self) -> None:
+        self.attempts = 1
+        if _LEAVES_REQUESTS:
+            self._requests = cancel_requests()
 
     def elapsed(self) -> float:
         return self._clock() - self._started
 
-    def check(self, stage_name: str) -> None:
-        """Raise if the time is up, because the stage blocked the event loop or swallowed its cancellation."""
-        if self.elapsed() >= self.timeout:
-            self._exceed(stage_name, self.attempts, None)
+    def is_over(self) -> bool:
+        # the timer may fire a little early, and has not fired yet when a handler has blocked the event loop
+        return self._scope.expired() or self.elapsed() >= self.timeout
+
+    def check(self) -> None:
+        """Cancel the run if its time is up and nobody has noticed, or cared."""
+        if self.is_over():
+            raise asyncio.CancelledError("the run's timeout is up")
 
     async def bound(self, run: Coroutine[Any, Any, Any], name: str) -> Any:
         """Await ``run``, the whole of it, and cancel it when the time is up."""
         cancellation = None
         try:
-            async with asyncio.timeout_at(self._started + self.timeout) as scope:
+            async with self._scope:
                 try:
                     return await run
                 except asyncio.CancelledError as error:
                     cancellation = error
                     raise
-        except TimeoutError as error:
-            if cancellation is None or not scope.expired():
-                raise  # a middleware's own
-            self._exceed(*(cancelled_in(cancellation) or (name, 1)), error)
+        except (TimeoutError, asyncio.CancelledError) as error:
+            # a request that came meanwhile and was not taken back is somebody else's; asyncio.timeout counts
+            # those as well that a TaskGroup has left behind in an earlier stage
+            if cancellation is None or not self.is_over() or cancel_requests() > self._requests:
+                raise
+            # not made here: this frame would hold what holds the traceback that holds this frame
+            raise self._exceeded(cancelled_in(cancellation) or (name, 1), error)  # noqa: B904
         finally:
-            del cancellation  # its traceback holds this frame
+            del cancellation
 
-    def _exceed(self, stage_name: str, attempts: int, cause: BaseException | None) -> NoReturn:
-        error = DeadlineExceeded(self.timeout)
-        error.__cause__ = cause
-        raise StageExecutionError(stage_name, error, attempts=attempts) from error
+    def _exceeded(self, where: tuple[str, int], cause: BaseException) -> StageExecutionError:
+        exceeded = DeadlineExceeded(self.timeout)
+        exceeded.__cause__ = cause
+        error = StageExecutionError(where[0], exceeded, attempts=where[1])
+        error.__cause__ = exceeded
+        return error
 
 
 def cancel_requests() -> int:
@@ -393,6 +418,33 @@ def cancel_requests() -> int:
         return asyncio.current_task().cancelling()  # type: ignore[union-attr]
     except (AttributeError, RuntimeError):  # no task, or not even an event loop: driven by hand
         return 0
+
+
+def was_cancelled(error: BaseException, requests: int) -> bool:
+    """Tell whether ``error`` is what became of a cancellation of the task, which had ``requests`` before.
+
+    A request that was left behind by whoever made it, within the task itself, is taken back.
+    """
+    made = cancel_requests() - requests
+    if made == 1 and _is_left_behind(error):
+        cast("asyncio.Task[Any]", asyncio.current_task()).uncancel()
+        return False
+    return made > 0
+
+
+def _is_left_behind(error: BaseException) -> bool:
+    # timeouts of aiohttp before 3.10.10 and async_timeout before 5 cancel the task, and raise TimeoutError
+    if behind(error, TimeoutError) is not None:
+        return True
+    is_group = behind(error, BaseExceptionGroup) is not None
+    return _LEAVES_REQUESTS and is_group and behind(error, asyncio.CancelledError) is None
+
+
+def raise_cancellation(error: Exception) -> None:
+    """Raise the cancellation that a hook has made an error of its own of, if there is one."""
+    cancellation = behind(error, asyncio.CancelledError)
+    if cancellation is not None and cancel_requests():
+        raise cancellation
 
 
 _DEFAULTS: dict[str, Any] = Stage.__init__.__kwdefaults__ or {}

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from ..events import check_hook, logger
 from ..retry import check_count, check_seconds
-from ..stage import cancel_requests
+from ..stage import cancel_requests, was_cancelled
 
 __all__ = ["Cache", "CacheMiddleware", "MemoryCache"]
 
@@ -24,7 +24,7 @@ class Cache(Protocol):
     def get(self, key: Any, /) -> Awaitable[Any]:
         """Return what is stored for the key; ``None`` is a miss."""
 
-    def set(self, key: Any, value: Any, /, *, ttl: float | None) -> Awaitable[object]:
+    def set(self, key: Any, value: Any, /, *, ttl: Any) -> Awaitable[object]:
         """Store a value for ``ttl`` seconds, or for ever if that is ``None``."""
 
 
@@ -141,11 +141,11 @@ class CacheMiddleware:
     async def _lead(
         self, flight: "_Flight", key: Hashable, name: str, compute: Callable[[], Awaitable[Any]]
     ) -> None:
-        found, cancelling = None, cancel_requests()
+        found, requests = None, cancel_requests()
         try:
             found = await self._cache.get(key)
-        except Exception:
-            if cancel_requests() > cancelling:  # the cache made an error of its own of a cancellation
+        except Exception as error:
+            if was_cancelled(error, requests):
                 raise
             logger.exception("The cache could not be asked for stage %r; the run goes on", name)
         if found is not None:
@@ -153,9 +153,12 @@ class CacheMiddleware:
             return
         output = await compute()
         flight.land(output)
+        requests = cancel_requests()
         try:
             await self._cache.set(key, _NONE if output is None else output, ttl=self._ttl)
-        except Exception:
+        except Exception as error:
+            if was_cancelled(error, requests):
+                raise
             logger.exception("The cache could not store the output of stage %r; the run goes on", name)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..errors import CircuitOpenError, Finish
 from ..events import logger
 from ..retry import check_count, check_seconds
-from ..stage import cancel_requests
+from ..stage import cancel_requests, was_cancelled
 
 __all__ = ["CircuitBreakerMiddleware"]
 
@@ -55,15 +55,16 @@ class CircuitBreakerMiddleware:
         self, next_stage: Callable[[Any], Awaitable[Any]], stage_name: str, value: Any, context: Any
     ) -> Any:
         circuit = self._circuits[stage_name]
-        openings, cancelling = circuit.let_through(stage_name), cancel_requests()
+        openings, requests = circuit.let_through(stage_name), cancel_requests()
         try:
             output = await next_stage(value)
         except Finish:
             self._count_success(circuit, openings, stage_name)
             raise
         except BaseException as error:
-            # a handler may have turned its cancellation into an error of its own
-            if isinstance(error, Exception) and cancel_requests() <= cancelling:
+            # another breaker's refusal, of this stage or of one inside it, tells nothing either
+            is_failure = isinstance(error, Exception) and not isinstance(error, CircuitOpenError)
+            if is_failure and not was_cancelled(error, requests):
                 self._count_failure(circuit, openings, stage_name)
             elif openings == circuit.openings:
                 circuit.is_trying = False

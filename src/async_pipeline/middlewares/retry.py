@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ..retry import BackoffMode, RetryPolicy, check_backoff, check_count, check_seconds
-from ..stage import cancel_requests
+from ..stage import cancel_requests, was_cancelled
 
 __all__ = ["RetryMiddleware"]
 
@@ -34,14 +34,14 @@ class RetryMiddleware:
     async def __call__(
         self, next_stage: Callable[[Any], Awaitable[Any]], stage_name: str, value: Any, context: Any
     ) -> Any:
-        attempt, cancelling = 1, cancel_requests()
+        attempt, requests = 1, cancel_requests()
         while True:
             try:
                 return await next_stage(value)
             except Exception as error:
                 delay = self._policy.next_delay(attempt, error)
                 # a handler may have turned its cancellation into an error of its own
-                if delay is None or cancel_requests() > cancelling:
+                if delay is None or was_cancelled(error, requests):
                     raise
             if delay > 0:
                 await asyncio.sleep(delay)
