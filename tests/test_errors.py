@@ -218,6 +218,7 @@ class TestCircuitOpenError:
         error = CircuitOpenError("fetch", 12.3456)
         assert (error.stage_name, error.retry_after) == ("fetch", 12.3456)
         assert str(error) == "the circuit of stage 'fetch' is open for another 12.3 s"
+        assert "for another 0.5 s" in str(CircuitOpenError("fetch", 0.5))
         text = "the circuit of stage 'fetch' is open until the call that tries it ends"
         assert str(CircuitOpenError("fetch", 0)) == text
 

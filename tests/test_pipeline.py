@@ -1,6 +1,7 @@
 """Pipelines: the chain, the context, hooks, middlewares, nesting, and what may be a step."""
 
 import asyncio
+import contextlib
 import functools
 import gc
 import logging
@@ -424,6 +425,34 @@ async def test_a_hook_that_swallows_a_cancellation_does_not_hide_it(
     assert "ConnectionError: metrics" in caplog.text
 
 
+@pytest.mark.virtual
+async def test_a_hooks_own_timeout_does_not_end_a_run_while_cleaning_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def before(name: str, value: Any) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.cancel()
+        try:
+            await future
+        except asyncio.CancelledError as error:
+            raise TimeoutError from error
+
+    async def clean_up() -> Any:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            saved.append(await Pipeline([double], before_stage=before).run(1))
+
+    saved: list[Any] = []
+    task = asyncio.create_task(clean_up())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert saved == [2]
+    assert "TimeoutError" in caplog.text
+
+
 async def test_a_hook_that_fails_after_a_cancellation_of_something_else(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -664,6 +693,20 @@ class TestTimeout:
         pipeline = Pipeline([Stage("a", never)], before_stage=slow, after_stage=after)
         assert await exceeded(pipeline, 3) == ("a", 1, 8)
         assert seen == [asyncio.CancelledError]
+
+    async def test_counts_the_attempts_of_its_own_stage(self) -> None:
+        flaky: Stage[Any, Any] = Stage(
+            "flaky", Mock(side_effect=[ValueError(), ValueError(), 1]), retries=2, pass_context=False
+        )
+        assert await exceeded(Pipeline([flaky, Stage("slow", Sleep(60))]), 3) == ("slow", 1, 3)
+
+    async def test_no_stage_begins_at_its_very_moment(self) -> None:
+        async def swallow(value: Any) -> Any:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+            return value
+
+        assert await exceeded(Pipeline([swallow, never]), 3) == ("swallow", 1, 3)
 
     async def test_names_a_nested_stage_by_its_path(self) -> None:
         inner = Pipeline([Sleep(1), Stage("slow", Sleep(60), retries=1)], name="inner")
@@ -1076,7 +1119,48 @@ async def passing(next_stage: Any, name: str, value: Any, context: Any) -> Any:
     return await next_stage(value)
 
 
+class Plain:
+    """A type that is not known to be never awaitable."""
+
+
+class TestOutputs:
+    async def test_of_any_type_from_a_sync_handler(self) -> None:
+        plain = Plain()
+        pipeline = Pipeline([lambda value: plain])
+        assert await pipeline.run(1) is plain
+        assert await pipeline.run(1, timeout=5) is plain
+
+    async def test_of_a_sync_hook_are_ignored_without_a_word(self, caplog: pytest.LogCaptureFixture) -> None:
+        pipeline = Pipeline([str], before_stage=lambda name, value: Plain(), after_stage=lambda *_: True)
+        assert await pipeline.run(1) == "1"
+        assert not caplog.records
+
+
+class TestStrayCancellations:
+    async def test_count_the_attempts(self) -> None:
+        handler = Mock(side_effect=[ValueError(), asyncio.CancelledError()])
+        stage: Stage[Any, Any] = Stage("stray", handler, retries=2, pass_context=False)
+        results: list[Any] = await Pipeline([stage]).map([1], return_exceptions=True)
+        (error,) = results
+        assert (error.stage_name, error.attempts) == ("stray", 2)
+
+    async def test_of_a_plain_stage_are_one_attempt(self) -> None:
+        stray: Stage[Any, Any] = Stage(
+            "stray", Mock(side_effect=asyncio.CancelledError()), pass_context=False
+        )
+        pipeline = Pipeline([stray], before_stage=lambda *_: None)
+        results: list[Any] = await pipeline.map([1], return_exceptions=True)
+        (error,) = results
+        assert (error.stage_name, error.attempts) == ("stray", 1)
+
+
 class TestTryRun:
+    @pytest.mark.virtual
+    async def test_its_duration_is_that_of_the_run(self) -> None:
+        await asyncio.sleep(100)
+        assert (await Pipeline([Sleep(10)]).try_run(1)).duration == 10
+        assert (await Pipeline([Sleep(10)]).try_run(1, timeout=3)).duration == 3
+
     async def test_a_subclass_may_have_a_run_without_a_timeout(self) -> None:
         class Old(Pipeline[Any, Any]):
             async def run(self, initial_value: Any, *, context: Any = None) -> Any:  # type: ignore[override]

@@ -26,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_pipeline import (
+    BatchError,
     Finish,
     Pipeline,
     PipelineError,
@@ -211,6 +212,12 @@ class TestArguments:
         with pytest.raises(
             TypeError, match=r"^limiter must be .*, not .*; write limiter=asyncio.Semaphore\("
         ):
+            Stage("fetch", same, limiter=limiter)
+
+    @pytest.mark.parametrize("half", ["__aenter__", "__aexit__"])
+    def test_half_a_limiter(self, half: str) -> None:
+        limiter: Any = type("Half", (), {half: async_same})()
+        with pytest.raises(TypeError, match=r"^limiter must be an async context manager"):
             Stage("fetch", same, limiter=limiter)
 
     def test_a_limiter_that_can_be_entered_only_once(self) -> None:
@@ -617,6 +624,22 @@ class TestRetryOn:
         assert "stage 'fetch'" in record.message
         assert record.exc_info is not None
 
+    async def test_a_predicate_may_finish_the_run(self) -> None:
+        def known(error: Exception) -> bool:
+            raise Finish("known")
+
+        assert await Stage("fetch", failing(1), retries=1, retry_on=known).run(1) == "known"
+
+    def test_a_predicate_may_be_interrupted(self) -> None:
+        def interrupted(error: Exception) -> bool:
+            raise KeyboardInterrupt
+
+        def fail(value: Any) -> None:
+            raise ValueError
+
+        with pytest.raises(KeyboardInterrupt):
+            Stage("fetch", fail, retries=1, retry_on=interrupted).run(1).send(None)
+
     async def test_our_own_timeout_is_one_of_the_errors(self) -> None:
         stage = Stage("fetch", forever, timeout=0.01, retries=2, retry_on=StageTimeoutError)
         assert (await failure_of(stage)).attempts == 3
@@ -841,6 +864,46 @@ class TestNoAttemptAfterACancellation:
         assert task.cancelling() == 2
         task.uncancel()
         task.uncancel()
+
+    @pytest.mark.virtual
+    async def test_that_follows_a_timeout(self) -> None:
+        attempts = 0
+
+        async def handler(value: Any) -> None:
+            nonlocal attempts
+            attempts += 1
+            try:
+                async with asyncio.timeout(1):
+                    await asyncio.sleep(9)
+            except TimeoutError:
+                try:
+                    await asyncio.sleep(9)
+                except asyncio.CancelledError:
+                    raise ValueError from None
+
+        task = asyncio.create_task(Stage("fetch", handler, retries=3).run(1))
+        await asyncio.sleep(2)
+        task.cancel()
+        with pytest.raises(StageExecutionError):
+            await task
+        assert attempts == 1
+
+    @pytest.mark.virtual
+    async def test_by_a_batch_is_one_even_as_a_timeout(self) -> None:
+        attempts: list[int] = []
+
+        async def handler(value: int) -> None:
+            attempts.append(value)
+            try:
+                await asyncio.sleep(value)
+            except asyncio.CancelledError:
+                raise TimeoutError from None
+            raise ValueError
+
+        stage: Stage[int, None] = Stage("fetch", handler, retries=3, retry_on=TimeoutError)
+        with pytest.raises(BatchError):
+            await Pipeline([stage]).map([1, 9])
+        assert attempts == [1, 9]
 
     @pytest.mark.virtual
     async def test_nor_one_that_was_cancelled(self) -> None:

@@ -107,6 +107,21 @@ def test_a_timer_that_is_set_for_now_again_and_again_does_not_stop_the_clock() -
     assert run_virtually(main()) == pytest.approx(1e6, abs=1e-6)
 
 
+def test_it_stands_still_again_after_it_had_to_be_pushed() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        while now() == 0:
+            wait = loop.create_future()
+            loop.call_at(0, wait.set_result, None)
+            await wait
+        pushed = now()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert now() == pushed
+
+    run_virtually(main())
+
+
 def test_a_few_timers_for_now_do_not_move_it() -> None:
     async def main() -> None:
         for _ in range(60):

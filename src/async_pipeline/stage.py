@@ -198,7 +198,8 @@ class Stage(Generic[In, Out]):
             _check_off_loop(self)
 
     def __setattr__(self, attribute: str, value: object) -> None:
-        # a subclass may set what it likes, as in 1.x; its run goes by what the attributes say then
+        # a subclass may set what it likes, as in 1.x; its run goes by what the attributes say then (only how
+        # a handler and an on_error are called stays decided)
         if type(self) is Stage and hasattr(self, attribute):
             raise AttributeError(
                 f"a Stage is immutable; for another one write stage.replace({attribute}={value!r})"
@@ -433,17 +434,23 @@ def was_cancelled(error: BaseException, requests: int) -> bool:
 
 
 def _is_left_behind(error: BaseException) -> bool:
-    # timeouts of aiohttp before 3.10.10 and async_timeout before 5 cancel the task, and raise TimeoutError
-    if behind(error, TimeoutError) is not None:
-        return True
-    is_group = behind(error, BaseExceptionGroup) is not None
-    return _LEAVES_REQUESTS and is_group and behind(error, asyncio.CancelledError) is None
+    cancellation = behind(error, asyncio.CancelledError)
+    if cancellation is None:
+        return _LEAVES_REQUESTS and behind(error, BaseExceptionGroup) is not None
+    # timeouts of aiohttp before 3.10.10 and async_timeout before 5 cancel the task, and raise TimeoutError;
+    # a batch that ends its items leaves a message
+    return not cancellation.args and _is_timeouts(cancellation, error)
+
+
+def _is_timeouts(cancellation: BaseException, error: BaseException) -> bool:
+    timeout = behind(error, TimeoutError)
+    return timeout is not None and behind(timeout, asyncio.CancelledError) is cancellation
 
 
 def raise_cancellation(error: Exception) -> None:
     """Raise the cancellation that a hook has made an error of its own of, if there is one."""
     cancellation = behind(error, asyncio.CancelledError)
-    if cancellation is not None and cancel_requests():
+    if cancellation is not None and cancel_requests() and not _is_timeouts(cancellation, error):
         raise cancellation
 
 
