@@ -347,22 +347,27 @@ class TestCaches:
             await middleware(Work(seconds=0), "work", 1, {})
         assert flights(middleware) == 0
 
-    async def test_a_cancellation_of_which_get_makes_an_error_starts_no_computation(self) -> None:
+    @pytest.mark.parametrize("name", ["get", "set"])
+    async def test_a_cancellation_of_which_it_makes_an_error_is_one(
+        self, name: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
         class Converting(Store):
-            async def get(self, key: Any) -> Any:
-                try:
-                    await asyncio.sleep(3600)
-                except asyncio.CancelledError:
-                    raise ConnectionError("gone") from None
+            async def _do(self, called: str, *args: Any) -> None:
+                if called == name:
+                    try:
+                        await asyncio.sleep(3600)
+                    except asyncio.CancelledError:
+                        raise ConnectionError("gone") from None
 
-        work, middleware = Work(), CacheMiddleware(Converting())
+        work, middleware = Work(seconds=0), CacheMiddleware(Converting())
         task = asyncio.ensure_future(middleware(work, "work", 1, {}))
         await turns()
         task.cancel()
-        with pytest.raises(ConnectionError):
+        with pytest.raises(asyncio.CancelledError):
             await task
-        assert not work.started
+        assert len(work.started) == (name == "set")
         assert flights(middleware) == 0
+        assert not caplog.records
 
 
 @pytest.mark.virtual

@@ -36,7 +36,16 @@ from .retry import (
 )
 from .types import Handler, In, OnError, Out, is_awaitable
 
-__all__ = ["BackoffMode", "RunState", "Stage", "StageOptions", "cancel_requests", "staged", "was_cancelled"]
+__all__ = [
+    "BackoffMode",
+    "RunState",
+    "Stage",
+    "StageOptions",
+    "cancel_requests",
+    "raise_cancellation",
+    "staged",
+    "was_cancelled",
+]
 
 
 # The async form is tried first; an async handler fits the other one too, with the same Out. If it were
@@ -448,7 +457,7 @@ def _is_timeouts(cancellation: BaseException, error: BaseException) -> bool:
 
 
 def raise_cancellation(error: Exception) -> None:
-    """Raise the cancellation that a hook has made an error of its own of, if there is one."""
+    """Raise the cancellation that a hook or a cache has made ``error`` of, if there is one."""
     cancellation = behind(error, asyncio.CancelledError)
     if cancellation is not None and cancel_requests() and not _is_timeouts(cancellation, error):
         raise cancellation

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from ..events import check_hook, logger
 from ..retry import check_count, check_seconds
-from ..stage import cancel_requests, was_cancelled
+from ..stage import raise_cancellation
 
 __all__ = ["Cache", "CacheMiddleware", "MemoryCache"]
 
@@ -141,24 +141,21 @@ class CacheMiddleware:
     async def _lead(
         self, flight: "_Flight", key: Hashable, name: str, compute: Callable[[], Awaitable[Any]]
     ) -> None:
-        found, requests = None, cancel_requests()
+        found = None
         try:
             found = await self._cache.get(key)
         except Exception as error:
-            if was_cancelled(error, requests):
-                raise
+            raise_cancellation(error)
             logger.exception("The cache could not be asked for stage %r; the run goes on", name)
         if found is not None:
             flight.land(None if isinstance(found, str) and found == _NONE else found)
             return
         output = await compute()
         flight.land(output)
-        requests = cancel_requests()
         try:
             await self._cache.set(key, _NONE if output is None else output, ttl=self._ttl)
         except Exception as error:
-            if was_cancelled(error, requests):
-                raise
+            raise_cancellation(error)
             logger.exception("The cache could not store the output of stage %r; the run goes on", name)
 
 
