@@ -828,43 +828,6 @@ class TestNoAttemptAfterACancellation:
         attempts.clear()
         assert await stage.replace(on_error=lambda value, error: "default").run(1) == "default"
 
-    async def test_a_timeout_that_was_not_taken_back_is_none(self) -> None:
-        # as those of aiohttp before 3.10.10 and async_timeout before 5
-        task: Any = asyncio.current_task()
-
-        async def handler(value: Any) -> None:
-            task.cancel()
-            try:
-                await asyncio.sleep(0)
-            except asyncio.CancelledError:
-                raise TimeoutError from None
-
-        async def wrapped(value: Any) -> None:
-            try:
-                await handler(value)
-            except TimeoutError as error:
-                raise ConnectionError from error
-
-        for each in (handler, wrapped):
-            assert (await failure_of(Stage("fetch", each, retries=3))).attempts == 4
-            assert task.cancelling() == 0
-
-    async def test_a_timeout_and_a_cancellation_are_one(self) -> None:
-        task: Any = asyncio.current_task()
-
-        async def handler(value: Any) -> None:
-            task.cancel()
-            task.cancel()
-            try:
-                await asyncio.sleep(0)
-            except asyncio.CancelledError:
-                raise TimeoutError from None
-
-        assert (await failure_of(Stage("fetch", handler, retries=3))).attempts == 1
-        assert task.cancelling() == 2
-        task.uncancel()
-        task.uncancel()
-
     @pytest.mark.virtual
     async def test_that_follows_a_timeout(self) -> None:
         attempts = 0
@@ -889,7 +852,7 @@ class TestNoAttemptAfterACancellation:
         assert attempts == 1
 
     @pytest.mark.virtual
-    async def test_by_a_batch_is_one_even_as_a_timeout(self) -> None:
+    async def test_by_a_batch_that_the_handler_turned_into_a_timeout(self) -> None:
         attempts: list[int] = []
 
         async def handler(value: int) -> None:

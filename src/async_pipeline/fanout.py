@@ -130,7 +130,7 @@ class FanOut(ABC):
             current = asyncio.current_task()
             for task in self._tasks:
                 if task is not current:
-                    task.cancel("the batch has ended")
+                    task.cancel()
 
     def _end(self) -> None:
         self._ended = True

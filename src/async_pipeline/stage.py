@@ -433,33 +433,27 @@ def cancel_requests() -> int:
 def was_cancelled(error: BaseException, requests: int) -> bool:
     """Tell whether ``error`` is what became of a cancellation of the task, which had ``requests`` before.
 
-    A request that was left behind by whoever made it, within the task itself, is taken back.
+    A request that a TaskGroup has left behind is none, and is taken back.
     """
     made = cancel_requests() - requests
-    if made == 1 and _is_left_behind(error):
+    if _LEAVES_REQUESTS and made == 1 and _is_of_a_group(error):
         cast("asyncio.Task[Any]", asyncio.current_task()).uncancel()
         return False
     return made > 0
 
 
-def _is_left_behind(error: BaseException) -> bool:
-    cancellation = behind(error, asyncio.CancelledError)
-    if cancellation is None:
-        return _LEAVES_REQUESTS and behind(error, BaseExceptionGroup) is not None
-    # timeouts of aiohttp before 3.10.10 and async_timeout before 5 cancel the task, and raise TimeoutError;
-    # a batch that ends its items leaves a message
-    return not cancellation.args and _is_timeouts(cancellation, error)
-
-
-def _is_timeouts(cancellation: BaseException, error: BaseException) -> bool:
-    timeout = behind(error, TimeoutError)
-    return timeout is not None and behind(timeout, asyncio.CancelledError) is cancellation
+def _is_of_a_group(error: BaseException) -> bool:
+    return behind(error, BaseExceptionGroup) is not None and behind(error, asyncio.CancelledError) is None
 
 
 def raise_cancellation(error: Exception) -> None:
     """Raise the cancellation that a hook or a cache has made ``error`` of, if there is one."""
     cancellation = behind(error, asyncio.CancelledError)
-    if cancellation is not None and cancel_requests() and not _is_timeouts(cancellation, error):
+    if cancellation is None or cancel_requests() == 0:
+        return
+    # async with asyncio.timeout(1): ... in a hook, while the task of the run is being cancelled anyway
+    timeout = behind(error, TimeoutError)
+    if timeout is None or behind(timeout, asyncio.CancelledError) is not cancellation:
         raise cancellation
 
 
