@@ -22,6 +22,7 @@ from async_pipeline.errors import (
     behind,
     cancelled_in,
     finish_of,
+    is_finish,
     mark_cancelled,
 )
 
@@ -390,17 +391,25 @@ class TestDeadlockError:
 class TestFinishOf:
     def test_itself_or_the_first_of_a_group_of_them(self) -> None:
         first, second = Finish(1), Finish(2)
+        group = BaseExceptionGroup("", [BaseExceptionGroup("", [first]), second])
+        assert is_finish(first)
+        assert is_finish(group)
         assert finish_of(first) is first
-        assert finish_of(BaseExceptionGroup("", [BaseExceptionGroup("", [first]), second])) is first
+        assert finish_of(group).value == 1
 
     @pytest.mark.parametrize(
         "other",
-        [SystemExit(), BaseExceptionGroup("", [BaseExceptionGroup("", [Finish(1)]), GeneratorExit()])],
+        [
+            SystemExit(),
+            ValueError(),
+            BaseExceptionGroup("", [GeneratorExit()]),
+            BaseExceptionGroup("", [BaseExceptionGroup("", [Finish(1)]), GeneratorExit()]),
+            BaseExceptionGroup("", [Finish(1), ValueError()]),
+        ],
+        ids=repr,
     )
-    def test_anything_else_is_raised(self, other: BaseException) -> None:
-        with pytest.raises(type(other)) as caught:
-            finish_of(other)
-        assert caught.value is other
+    def test_anything_else_is_none(self, other: BaseException) -> None:
+        assert not is_finish(other)
 
 
 class TestBehind:

@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_pipeline import BatchError, Outcome, Pipeline, Stage, StageExecutionError
+from async_pipeline import (
+    BatchError,
+    Finish,
+    Outcome,
+    Pipeline,
+    RetryBudget,
+    Stage,
+    StageExecutionError,
+)
 from tests.helpers import run_virtually
 
 settings.register_profile("default", deadline=None)
@@ -243,25 +251,58 @@ class Large:
     """Something that nobody wants to keep."""
 
 
-@pytest.mark.parametrize("hooks", [{}, {"before_stage": lambda name, value: None}], ids=["plain", "hooked"])
-@pytest.mark.parametrize("options", [{}, {"retries": 1}, {"timeout": 5}], ids=["plain", "retries", "timeout"])
-@pytest.mark.parametrize("how", ["run", "try_run", "map", "return_exceptions", "stream", "outcomes"])
-def test_a_failure_keeps_nothing_alive(hooks: Any, options: Any, how: str) -> None:
-    """No reference cycle runs through an error, its traceback and our frames."""
+async def fail(value: Any) -> None:
+    await asyncio.sleep(0)
+    raise ValueError
 
-    async def fail(value: Any) -> None:
-        await asyncio.sleep(0)
-        raise ValueError
+
+async def finish(value: Any) -> None:
+    await asyncio.sleep(0)
+    raise Finish
+
+
+async def fail_as_a_group(value: Any) -> None:
+    raise ExceptionGroup("", [ValueError(), ExceptionGroup("", [KeyError()])])
+
+
+async def finish_as_a_group(value: Any) -> None:
+    raise BaseExceptionGroup("", [BaseExceptionGroup("", [Finish()])])
+
+
+async def wait_for_ever(value: Any) -> None:
+    await asyncio.sleep(3600)
+
+
+async def fail_again(value: Any, error: Exception) -> None:
+    raise KeyError
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"retries": 1},
+    {"timeout": 5},
+    {"limiter": asyncio.Semaphore(1)},
+    {"on_error": fail_again},
+    {"retry_budget": RetryBudget()},
+]
+
+
+@pytest.mark.parametrize("hooks", [{}, {"before_stage": lambda name, value: None}], ids=["plain", "hooked"])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "".join(options) or "plain")
+@pytest.mark.parametrize("how", ["run", "try_run", "map", "return_exceptions", "stream", "outcomes"])
+@pytest.mark.parametrize("end", [fail, fail_as_a_group, finish, finish_as_a_group, wait_for_ever])
+def test_an_end_keeps_nothing_alive(hooks: Any, options: Any, how: str, end: Any) -> None:
+    """No reference cycle runs through an error, its traceback and our frames."""
 
     async def call(pipeline: Pipeline[Any, Any], items: list[Large]) -> None:
         if how == "run":
-            await pipeline.run(items[0])
+            await pipeline.run(items[0], timeout=60)
         elif how == "try_run":
-            await pipeline.try_run(items[0])
+            await pipeline.try_run(items[0], timeout=60)
         elif how in ("map", "return_exceptions"):
-            await pipeline.map(items, return_exceptions=how == "return_exceptions")
+            await pipeline.map(items, return_exceptions=how == "return_exceptions", timeout=60)
         else:
-            async with pipeline.stream(items) as results:
+            async with pipeline.stream(items, timeout=60) as results:
                 async for _ in results if how == "stream" else results.outcomes():
                     pass
 
@@ -269,8 +310,9 @@ def test_a_failure_keeps_nothing_alive(hooks: Any, options: Any, how: str) -> No
         item = Large()
         reference = weakref.ref(item)
         with contextlib.suppress(StageExecutionError, BatchError):
-            await call(Pipeline([Stage("fail", fail, **options)], **hooks), [item])
+            await call(Pipeline([Stage("end", end, **options)], **hooks), [item])
         del item
+        await asyncio.sleep(0)  # until then the loop holds the future that woke this task
         assert reference() is None
 
     gc.collect()

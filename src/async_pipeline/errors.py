@@ -7,7 +7,7 @@ Each is a :class:`PipelineError` or a :class:`TimeoutError`, builds its own mess
 import copy
 from asyncio import CancelledError
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 __all__ = [
     "BatchError",
@@ -231,14 +231,20 @@ class Finish(BaseException):
         self.value = value
 
 
+def is_finish(ended: BaseException) -> bool:
+    """Tell whether it is a :class:`Finish`, or a group of nothing else, as a TaskGroup makes one."""
+    return isinstance(ended, Finish) or (
+        isinstance(ended, BaseExceptionGroup) and ended.split(Finish)[1] is None
+    )
+
+
 def finish_of(ended: BaseException) -> Finish:
-    """Return a :class:`Finish`, or the first one of a group that holds nothing else; raise anything else."""
+    """Return what :func:`is_finish` has seen; of a group, one like the first."""
     leaf = ended
-    while isinstance(leaf, BaseExceptionGroup) and leaf.split(Finish)[1] is None:
+    while isinstance(leaf, BaseExceptionGroup):
         leaf = leaf.exceptions[0]
-    if isinstance(leaf, Finish):
-        return leaf
-    raise ended
+    # not the leaf itself: it would be raised while the group is handled, so each would hold the other
+    return cast(Finish, ended) if leaf is ended else Finish(cast(Finish, leaf).value)
 
 
 def behind(error: BaseException, kind: type[BaseException]) -> BaseException | None:

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Sequen
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, cast, overload
 
-from .errors import Finish, StageExecutionError, cancelled_in, finish_of, mark_cancelled
+from .errors import Finish, StageExecutionError, cancelled_in, finish_of, is_finish, mark_cancelled
 from .events import check_hook, fire, report
 from .fanout import Batch, Stream
 from .outcome import Outcome
@@ -158,6 +158,8 @@ class Pipeline(Generic[First, Last, ContextT]):
             _mark(error, link)
             raise
         except (Finish, BaseExceptionGroup) as ended:
+            if not is_finish(ended):
+                raise
             value = finish_of(ended).value
         output: Last = value  # not cast(): it is a call, and this is the hottest line
         return output
@@ -195,6 +197,8 @@ class Pipeline(Generic[First, Last, ContextT]):
                             raise StageExecutionError(name, error) from error
                         raise
                     except BaseExceptionGroup as group:
+                        if not is_finish(group):
+                            raise
                         raise finish_of(group) from None
                 except Finish as finish:
                     await fire(self._after, context, name, value, finish.value, None)

@@ -19,6 +19,7 @@ from .errors import (
     behind,
     cancelled_in,
     finish_of,
+    is_finish,
     mark_cancelled,
 )
 from .events import check_hook, logger
@@ -228,7 +229,8 @@ class Stage(Generic[In, Out]):
             context: the object that a handler ``(value, context)`` receives; a new dict by default.
 
         Returns:
-            What the handler returned.
+            What the handler returned, or the value of its :class:`~async_pipeline.Finish`, or what
+            ``on_error`` returned.
 
         Raises:
             StageExecutionError: no attempt succeeded; ``original_error`` is the last one's error, a
@@ -254,10 +256,11 @@ class Stage(Generic[In, Out]):
                     if delay is None:
                         return await self._stand_in(value, context, error, attempt)
                 except (Finish, BaseExceptionGroup) as ended:
-                    finish = finish_of(ended)
+                    if not is_finish(ended):
+                        raise
                     if budget is not None:
                         budget.record_success()
-                    raise finish from None
+                    raise finish_of(ended) from None
                 else:
                     if budget is not None:
                         budget.record_success()
