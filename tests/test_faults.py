@@ -11,6 +11,7 @@ A schedule depends on its seed alone. To run one again, with its log:
 
 import asyncio
 import gc
+import inspect
 import itertools
 import logging
 import random
@@ -47,6 +48,8 @@ CALLS = ["run", "run", "try_run", "map", "map", "return_exceptions", "stream", "
 BEGINNINGS = ["start", "before", "middleware", "gate", "attempt", "on_error"]
 # here a TaskGroup leaves a request to end behind (CPython gh-116720), as if its group had swallowed one
 LEAVES_REQUESTS = sys.version_info < (3, 13)
+# in early releases of 3.11 an asyncio.timeout is none in a task that has been asked to end before
+TIMES_OUT_ALWAYS = "self._cancelling" in inspect.getsource(asyncio.Timeout)
 TOLERANCE = 1e-9  # not all schedules are on the grid; timers so close are due together
 
 
@@ -655,7 +658,7 @@ class Tried:
     def error(self) -> BaseException | None:
         """What the stage has to take for the attempt's error; None for a value, a Finish, a cancellation."""
         if isinstance(self.end.what, asyncio.CancelledError) and self.is_timed_out and not self.requests:
-            return StageTimeoutError(0)
+            return StageTimeoutError(0) if TIMES_OUT_ALWAYS or not self.asked_before else None
         return self.end.what if isinstance(self.end.what, Exception) else None
 
 
