@@ -362,104 +362,6 @@ class Stage(Generic[In, Out]):
         return f"{type(self).__name__}({getattr(self, 'name', None)!r}{options})"
 
 
-# when a child fails while its TaskGroup waits, the parent task keeps a request to end (CPython gh-116720)
-_LEAVES_REQUESTS = sys.version_info < (3, 13)
-
-
-class RunState:
-    """What a run hands from step to step: how long all of it may take, in seconds of the loop's clock."""
-
-    __slots__ = ("_clock", "_requests", "_scope", "_started", "attempts", "timeout")
-
-    def __init__(self, timeout: float) -> None:
-        check_seconds("timeout", timeout, zero=False)
-        self._clock = asyncio.get_running_loop().time
-        self._started = self._clock()
-        self._scope = asyncio.timeout_at(self._started + timeout)
-        self._requests = cancel_requests()
-        self.timeout: float = timeout
-        self.attempts: int = 1  # at the stage that runs, as far as it is known
-
-    def begin_stage(self) -> None:
-        self.attempts = 1
-        if _LEAVES_REQUESTS:
-            self._requests = cancel_requests()
-
-    def elapsed(self) -> float:
-        return self._clock() - self._started
-
-    def is_over(self) -> bool:
-        # the timer may fire a little early, and has not fired yet when a handler has blocked the event loop
-        return self._scope.expired() or self.elapsed() >= self.timeout
-
-    def check(self) -> None:
-        """Cancel the run if its time is up and nobody has noticed, or cared."""
-        if self.is_over():
-            raise asyncio.CancelledError("the run's timeout is up")
-
-    async def bound(self, run: Coroutine[Any, Any, Any], name: str) -> Any:
-        """Await ``run``, the whole of it, and cancel it when the time is up."""
-        cancellation = None
-        try:
-            async with self._scope:
-                try:
-                    return await run
-                except asyncio.CancelledError as error:
-                    cancellation = error
-                    raise
-        except (TimeoutError, asyncio.CancelledError) as error:
-            # a request that came meanwhile and was not taken back is somebody else's; asyncio.timeout counts
-            # those as well that a TaskGroup has left behind in an earlier stage
-            if cancellation is None or not self.is_over() or cancel_requests() > self._requests:
-                raise
-            # not made here: this frame would hold what holds the traceback that holds this frame
-            raise self._exceeded(cancelled_in(cancellation) or (name, 1), error)  # noqa: B904
-        finally:
-            del cancellation
-
-    def _exceeded(self, where: tuple[str, int], cause: BaseException) -> StageExecutionError:
-        exceeded = DeadlineExceeded(self.timeout)
-        exceeded.__cause__ = cause
-        error = StageExecutionError(where[0], exceeded, attempts=where[1])
-        error.__cause__ = exceeded
-        return error
-
-
-def cancel_requests() -> int:
-    """Return how often the current task has been asked to end, and has not taken it back."""
-    try:
-        return asyncio.current_task().cancelling()  # type: ignore[union-attr]
-    except (AttributeError, RuntimeError):  # no task, or not even an event loop: driven by hand
-        return 0
-
-
-def was_cancelled(error: BaseException, requests: int) -> bool:
-    """Tell whether ``error`` is what became of a cancellation of the task, which had ``requests`` before.
-
-    A request that a TaskGroup has left behind is none, and is taken back.
-    """
-    made = cancel_requests() - requests
-    if _LEAVES_REQUESTS and made == 1 and _is_of_a_group(error):
-        cast("asyncio.Task[Any]", asyncio.current_task()).uncancel()
-        return False
-    return made > 0
-
-
-def _is_of_a_group(error: BaseException) -> bool:
-    return behind(error, BaseExceptionGroup) is not None and behind(error, asyncio.CancelledError) is None
-
-
-def raise_cancellation(error: Exception) -> None:
-    """Raise the cancellation that a hook or a cache has made ``error`` of, if there is one."""
-    cancellation = behind(error, asyncio.CancelledError)
-    if cancellation is None or cancel_requests() == 0:
-        return
-    # async with asyncio.timeout(1): ... in a hook, while the task of the run is being cancelled anyway
-    timeout = behind(error, TimeoutError)
-    if timeout is None or behind(timeout, asyncio.CancelledError) is not cancellation:
-        raise cancellation
-
-
 _DEFAULTS: dict[str, Any] = Stage.__init__.__kwdefaults__ or {}
 
 
@@ -580,3 +482,101 @@ def callable_name(function: Any) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__name__", type(function).__name__))
+
+
+# when a child fails while its TaskGroup waits, the parent task keeps a request to end (CPython gh-116720)
+_LEAVES_REQUESTS = sys.version_info < (3, 13)
+
+
+class RunState:
+    """What a run hands from step to step: how long all of it may take, in seconds of the loop's clock."""
+
+    __slots__ = ("_clock", "_requests", "_scope", "_started", "attempts", "timeout")
+
+    def __init__(self, timeout: float) -> None:
+        check_seconds("timeout", timeout, zero=False)
+        self._clock = asyncio.get_running_loop().time
+        self._started = self._clock()
+        self._scope = asyncio.timeout_at(self._started + timeout)
+        self._requests = cancel_requests()
+        self.timeout: float = timeout
+        self.attempts: int = 1  # at the stage that runs, as far as it is known
+
+    def begin_stage(self) -> None:
+        self.attempts = 1
+        if _LEAVES_REQUESTS:
+            self._requests = cancel_requests()
+
+    def elapsed(self) -> float:
+        return self._clock() - self._started
+
+    def is_over(self) -> bool:
+        # the timer may fire a little early, and has not fired yet when a handler has blocked the event loop
+        return self._scope.expired() or self.elapsed() >= self.timeout
+
+    def check(self) -> None:
+        """Cancel the run if its time is up and nobody has noticed, or cared."""
+        if self.is_over():
+            raise asyncio.CancelledError("the run's timeout is up")
+
+    async def bound(self, run: Coroutine[Any, Any, Any], name: str) -> Any:
+        """Await ``run``, the whole of it, and cancel it when the time is up."""
+        cancellation = None
+        try:
+            async with self._scope:
+                try:
+                    return await run
+                except asyncio.CancelledError as error:
+                    cancellation = error
+                    raise
+        except (TimeoutError, asyncio.CancelledError) as error:
+            # a request that came meanwhile and was not taken back is somebody else's; asyncio.timeout counts
+            # those as well that a TaskGroup has left behind in an earlier stage
+            if cancellation is None or not self.is_over() or cancel_requests() > self._requests:
+                raise
+            # not made here: this frame would hold what holds the traceback that holds this frame
+            raise self._exceeded(cancelled_in(cancellation) or (name, 1), error)  # noqa: B904
+        finally:
+            del cancellation
+
+    def _exceeded(self, where: tuple[str, int], cause: BaseException) -> StageExecutionError:
+        exceeded = DeadlineExceeded(self.timeout)
+        exceeded.__cause__ = cause
+        error = StageExecutionError(where[0], exceeded, attempts=where[1])
+        error.__cause__ = exceeded
+        return error
+
+
+def cancel_requests() -> int:
+    """Return how often the current task has been asked to end, and has not taken it back."""
+    try:
+        return asyncio.current_task().cancelling()  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):  # no task, or not even an event loop: driven by hand
+        return 0
+
+
+def was_cancelled(error: BaseException, requests: int) -> bool:
+    """Tell whether ``error`` is what became of a cancellation of the task, which had ``requests`` before.
+
+    A request that a TaskGroup has left behind is none, and is taken back.
+    """
+    made = cancel_requests() - requests
+    if _LEAVES_REQUESTS and made == 1 and _is_of_a_group(error):
+        cast("asyncio.Task[Any]", asyncio.current_task()).uncancel()
+        return False
+    return made > 0
+
+
+def _is_of_a_group(error: BaseException) -> bool:
+    return behind(error, BaseExceptionGroup) is not None and behind(error, asyncio.CancelledError) is None
+
+
+def raise_cancellation(error: Exception) -> None:
+    """Raise the cancellation that a hook or a cache has made ``error`` of, if there is one."""
+    cancellation = behind(error, asyncio.CancelledError)
+    if cancellation is None or cancel_requests() == 0:
+        return
+    # async with asyncio.timeout(1): ... in a hook, while the task of the run is being cancelled anyway
+    timeout = behind(error, TimeoutError)
+    if timeout is None or behind(timeout, asyncio.CancelledError) is not cancellation:
+        raise cancellation
