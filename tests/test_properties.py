@@ -315,7 +315,6 @@ def test_an_end_keeps_nothing_alive(hooks: Any, options: Any, how: str, end: Any
         await asyncio.sleep(0)  # until then the loop holds the future that woke this task
         assert reference() is None
 
-    gc.collect()
     gc.disable()
     try:
         run_virtually(main())
