@@ -579,6 +579,14 @@ async def exceeded(pipeline: Pipeline[Any, Any], timeout: float) -> tuple[str, i
     return error.stage_name, error.attempts, now()
 
 
+async def failure_at(pipeline: Pipeline[Any, Any], timeout: float) -> tuple[str, float]:
+    """The stage that the deadline names, and how long it took; some Pythons leave a request to end behind."""
+    started = now()
+    error = await failure_of(pipeline, timeout=timeout)
+    assert isinstance(error.original_error, DeadlineExceeded)
+    return error.stage_name, now() - started
+
+
 @pytest.mark.virtual
 class TestTimeout:
     """A run's ``timeout``: one budget over all stages, attempts, sleeps and hooks."""
@@ -867,9 +875,29 @@ class TestTimeout:
                 pass
             return value
 
-        error = await failure_of(Pipeline([handler, Stage("slow", Sleep(60))]), timeout=5)
-        assert isinstance(error.original_error, DeadlineExceeded)
-        assert (error.stage_name, now()) == ("slow", 5)
+        async def and_block(value: Any) -> Any:
+            await handler(value)
+            loop: Any = asyncio.get_running_loop()
+            loop._set_time(loop.time() + 10)
+
+        assert (await failure_at(Pipeline([handler, Stage("late", Sleep(60))]), 5)) == ("late", 5)
+        assert (await failure_at(Pipeline([Stage("late", and_block), never]), 5)) == ("late", 11)
+
+    async def test_and_a_cancellation_after_a_task_group_that_failed(self) -> None:
+        async def handler(value: Any) -> Any:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(Sleep(1, ValueError())(value))
+            except* ValueError:
+                pass
+            await asyncio.sleep(60)
+
+        for moment in (3, 5):  # before it, and at the same time
+            task = asyncio.create_task(Pipeline([handler]).run(1, timeout=5))
+            asyncio.get_running_loop().call_later(moment, task.cancel)
+            with pytest.raises((asyncio.CancelledError, StageExecutionError)) as caught:
+                await task
+            assert moment == 5 or caught.type is asyncio.CancelledError
 
     async def test_a_timeout_error_of_a_middleware_stays_what_it_is(self) -> None:
         mine = TimeoutError("mine")

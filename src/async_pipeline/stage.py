@@ -504,6 +504,10 @@ class RunState:
 
     def begin_stage(self) -> None:
         self.attempts = 1
+        self._forget_requests()
+
+    def _forget_requests(self) -> None:
+        """Between two stages: what has not ended the run has been left behind, or swallowed."""
         if _LEAVES_REQUESTS:
             self._requests = cancel_requests()
 
@@ -517,6 +521,7 @@ class RunState:
     def check(self) -> None:
         """Cancel the run if its time is up and nobody has noticed, or cared."""
         if self.is_over():
+            self._forget_requests()
             raise asyncio.CancelledError("the run's timeout is up")
 
     async def bound(self, run: Coroutine[Any, Any, Any], name: str) -> Any:
