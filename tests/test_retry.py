@@ -452,8 +452,13 @@ class TestCheckRetryOn:
         async def ask(error: Exception) -> bool:
             return True
 
-        with pytest.raises(TypeError, match=r"^retry_on must be a sync predicate"):
-            check_retry_on(ask)
+        class Ask:
+            async def __call__(self, error: Exception) -> bool:
+                return True
+
+        for predicate in (ask, Ask()):
+            with pytest.raises(TypeError, match=r"^retry_on must be a sync predicate"):
+                check_retry_on(predicate)
 
 
 class TestCheckFraction:

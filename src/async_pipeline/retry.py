@@ -214,7 +214,7 @@ def check_retry_on(retry_on: object) -> None:
             "retry_on must be an exception type, a tuple of them, "
             f"or a predicate exc -> bool | float, not {retry_on!r}"
         )
-    elif iscoroutinefunction(retry_on):
+    elif iscoroutinefunction(retry_on) or iscoroutinefunction(getattr(retry_on, "__call__", None)):  # noqa: B004
         raise TypeError(f"retry_on must be a sync predicate; it can't await: {retry_on!r}")
 
 
