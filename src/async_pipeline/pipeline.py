@@ -61,8 +61,8 @@ class Pipeline(Generic[First, Last, ContextT]):
             before each stage.
         after_stage: a sync or async ``(stage_name, value, output, error)``, with ``context`` as a fifth
             if wanted, called exactly once for each ``before_stage``: with the output (or the value of a
-            :class:`~async_pipeline.Finish`), the :class:`StageExecutionError`, or the cancellation. An exception in a hook is logged to
-            the logger ``async_pipeline``, and the run goes on.
+            :class:`~async_pipeline.Finish`), the :class:`StageExecutionError`, or the cancellation. An
+            exception in a hook is logged to the logger ``async_pipeline``, and the run goes on.
         middlewares: callables ``(next, stage_name, value, context)``, async, or sync returning a value or
             an awaitable, around each stage with all its attempts; the first in the list is outermost.
             Their errors leave the pipeline as they are.
