@@ -55,7 +55,7 @@ ERRORS = [name for name in errors.__all__ if name != "Finish"]
 
 class TestFamily:
     def test_every_public_error_is_a_pipeline_error_or_a_timeout(self) -> None:
-        assert len(ERRORS) == 7
+        assert len(ERRORS) == 8
         for name in ERRORS:
             assert issubclass(getattr(errors, name), (PipelineError, TimeoutError)), name
 

@@ -11,6 +11,7 @@ from .errors import (
     DeadlineExceeded,
     DeadlockError,
     Finish,
+    MissingFieldsError,
     PipelineError,
     StageExecutionError,
     StageTimeoutError,
@@ -19,6 +20,7 @@ from .outcome import Outcome
 from .pipeline import Pipeline
 from .retry import RetryBudget
 from .stage import BackoffMode, Stage, staged
+from .steps import branch, each, fallback, keep, parallel, require
 from .types import AfterStageHook, BeforeStageHook, Middleware
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "DeadlockError",
     "Finish",
     "Middleware",
+    "MissingFieldsError",
     "Outcome",
     "Pipeline",
     "PipelineError",
@@ -38,6 +41,12 @@ __all__ = [
     "Stage",
     "StageExecutionError",
     "StageTimeoutError",
+    "branch",
+    "each",
+    "fallback",
+    "keep",
+    "parallel",
+    "require",
     "staged",
 ]
 

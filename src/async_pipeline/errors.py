@@ -6,7 +6,7 @@ Each is a :class:`PipelineError` or a :class:`TimeoutError`, builds its own mess
 
 import copy
 from asyncio import CancelledError
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "DeadlineExceeded",
     "DeadlockError",
     "Finish",
+    "MissingFieldsError",
     "PipelineError",
     "StageExecutionError",
     "StageTimeoutError",
@@ -39,6 +40,9 @@ class StageExecutionError(PipelineError):
             message in a traceback.
         item_index: in a batch, the item's index, counted from 0; else ``None``.
         item: in a batch, the item; else ``None``.
+        element: inside ``each`` and ``keep``, the element's index, counted from 0, in a tuple: inside two
+            of them there are two; else ``()``.
+        earlier: from ``fallback``, the errors of the steps that were tried before; else ``()``.
     """
 
     def __init__(self, stage_name: str, original_error: BaseException, *, attempts: int = 1) -> None:
@@ -48,21 +52,75 @@ class StageExecutionError(PipelineError):
         self.attempts = attempts
         self.item_index: int | None = None
         self.item: Any = None
+        self.element: tuple[int, ...] = ()
+        self.earlier: tuple[StageExecutionError, ...] = ()
+        self._is_joint = False  # the original error is a group of errors of steps inside this one
         if attempts > 1:
             self.add_note(f"after {attempts} attempts")
 
-    def within(self, outer: str) -> "StageExecutionError":
-        """Return a copy that names the stage as part of ``outer``, the pipeline around it."""
-        error = copy.copy(self)
-        error.stage_name = f"{outer}/{self.stage_name}"
-        error.args = (_stage_message(error.stage_name, self.original_error),)
+    @classmethod
+    def joint(cls, stage_name: str, failures: "Sequence[StageExecutionError]") -> "StageExecutionError":
+        """Return the failure of a step in which several others have failed at the same time."""
+        error = cls(stage_name, ExceptionGroup(f"{len(failures)} failed", failures))
+        error.__cause__ = error.original_error
+        error._is_joint = True
         return error
+
+    def after(self, earlier: "Sequence[StageExecutionError]") -> "StageExecutionError":
+        """Return the error, which now carries those of the steps that were tried before."""
+        self.earlier = tuple(earlier)
+        for failure in earlier:
+            # by the names inside this step: those around it are not known yet
+            tried = failure.stage_name.partition("/")[2]
+            self.add_note(f"after {_stage_message(tried, failure.original_error)}")
+        return self
+
+    def within(
+        self, outer: str, rename: Callable[[str], str] = str, element: tuple[int, ...] = ()
+    ) -> "StageExecutionError":
+        """Return a copy that names the stage as part of ``outer``, the step around it.
+
+        Args:
+            outer: the name of the step around it.
+            rename: what the path so far becomes there; it stays what it is by default.
+            element: the index of the element that it ran for there.
+        """
+
+        def moved(error: StageExecutionError) -> StageExecutionError:
+            return error.within(outer, rename, element)
+
+        return self._copy(f"{outer}/{rename(self.stage_name)}", (*element, *self.element), moved)
 
     def of_item(self, index: int, item: object) -> "StageExecutionError":
         """Return the error with the batch's ``item_index`` and ``item``; a copy if it had others already."""
         # one error raised for two items (kept by a middleware, say) must not name the second one twice
-        error = self if self.item_index is None else copy.copy(self).with_traceback(self.__traceback__)
+        error = self
+        if self.item_index is not None:
+            error = self._copy(self.stage_name, self.element, lambda part: part.of_item(index, item))
+            error.with_traceback(self.__traceback__)
         error.item_index, error.item = index, item
+        for part in error._parts():
+            part.item_index, part.item = index, item
+        return error
+
+    def _parts(self) -> "tuple[StageExecutionError, ...]":
+        joined = cast(Any, self.original_error).exceptions if self._is_joint else ()
+        return (*joined, *self.earlier)
+
+    def _copy(
+        self,
+        stage_name: str,
+        element: tuple[int, ...],
+        copy_part: "Callable[[StageExecutionError], StageExecutionError]",
+    ) -> "StageExecutionError":
+        error = copy.copy(self)
+        error.stage_name, error.element = stage_name, element
+        error.earlier = tuple(map(copy_part, self.earlier))
+        if self._is_joint:
+            group = cast("ExceptionGroup[StageExecutionError]", self.original_error)
+            error.original_error = group.derive([*map(copy_part, group.exceptions)])  # type: ignore[arg-type]
+            error.__cause__ = error.original_error
+        error.args = (_stage_message(stage_name, error.original_error),)
         return error
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -147,6 +205,21 @@ class CircuitOpenError(PipelineError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.stage_name, self.retry_after), _state(self)
+
+
+class MissingFieldsError(PipelineError):
+    """A value lacks fields that a step after it needs; from :func:`~async_pipeline.require`.
+
+    Attributes:
+        fields: the names of all that are missing.
+    """
+
+    def __init__(self, fields: Sequence[str]) -> None:
+        super().__init__(f"missing {', '.join(map(repr, fields))}")
+        self.fields: tuple[str, ...] = tuple(fields)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.fields,), _state(self)
 
 
 class BatchError(ExceptionGroup[Exception], PipelineError):
@@ -273,3 +346,10 @@ def cancelled_in(error: CancelledError) -> tuple[str, int] | None:
     """Return the path of the stage that the cancellation left, and the attempts made there, if noted."""
     where: tuple[str, int] | None = getattr(error, _WHERE, None)
     return where
+
+
+def mark_within(error: CancelledError, outer: str, rename: Callable[[str], str] = str) -> None:
+    """Let the mark of a cancellation, if it has one, name the stage as part of ``outer``."""
+    path, attempts = cancelled_in(error) or ("", 1)
+    if path:
+        mark_cancelled(error, f"{outer}/{rename(path)}", attempts)

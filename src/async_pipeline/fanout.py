@@ -27,7 +27,7 @@ from .outcome import Outcome
 from .retry import check_count, check_seconds
 from .types import Out, Step
 
-__all__ = ["Batch", "Stream"]
+__all__ = ["Batch", "Stream", "check_concurrency", "check_items"]
 
 _Job = tuple[int, Any]
 _Record = tuple[int, Any, Any, Exception | None, Any, float]  # the fields of an Outcome
@@ -63,8 +63,8 @@ class FanOut(ABC):
         context: object,
         timeout: float | None = None,
     ) -> None:
-        _check_items(items)
-        _check_concurrency(concurrency)
+        check_items("items", items)
+        check_concurrency(concurrency)
         if timeout is not None:
             check_seconds("timeout", timeout, zero=False)
         self._step = step
@@ -413,16 +413,23 @@ class Batch(FanOut):
         # taken out of self, which the tracebacks of the errors hold: a cycle would keep them all alive
         error, results, failures = self._error, self._results, self._failures
         self._error, self._results, self._failures = None, [], {}
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error
-        if failures:
-            finished = {index: value for index, value in enumerate(results) if value is not _UNSET}
-            raise BatchError(failures, finished)
+        try:
+            self._raise(error, failures, results)
+        finally:
+            del error, failures
         del results[self._pulled :]
         return results
+
+    def _raise(self, error: BaseException | None, failures: dict[int, Exception], results: list[Any]) -> None:
+        """Raise what the batch ended with, if it did not end well."""
+        try:
+            if error is not None:
+                raise error
+            if failures:
+                finished = {index: value for index, value in enumerate(results) if value is not _UNSET}
+                raise BatchError(failures, finished)
+        finally:
+            del error, failures  # the traceback holds this frame
 
     def _fail_source(self, error: BaseException) -> None:
         super()._fail_source(error)
@@ -638,16 +645,18 @@ def _runtime_error(text: str, cause: BaseException) -> RuntimeError:
     return error
 
 
-def _check_items(items: object) -> None:
+def check_items(what: str, items: object) -> None:
+    """Raise for anything that can't be iterated; ``what`` begins the message."""
     # iter() takes a class with __getitem__ alone, too, though Iterable does not know it
     if isinstance(items, (AsyncIterable, Iterable)) or hasattr(type(items), "__getitem__"):
         return
     if asyncio.iscoroutine(items):
         items.close()  # or Python would also warn that it was never awaited
-        raise TypeError(f"items must be an iterable, not {items!r}: await it first")
-    raise TypeError(f"items must be an iterable or an async iterable, not {type(items).__name__}")
+        raise TypeError(f"{what} must be an iterable, not {items!r}: await it first")
+    raise TypeError(f"{what} must be an iterable or an async iterable, not {type(items).__name__}")
 
 
-def _check_concurrency(concurrency: object) -> None:
+def check_concurrency(concurrency: object) -> None:
+    """Raise for anything that is neither a number of workers nor a semaphore."""
     if not isinstance(concurrency, asyncio.Semaphore):
         check_count("concurrency", concurrency, least=1, message="concurrency must be at least 1")

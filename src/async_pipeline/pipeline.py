@@ -1,20 +1,37 @@
 """A pipeline: steps in a row, one context per run."""
 
 import asyncio
-from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, cast, overload
 
-from .errors import Finish, StageExecutionError, cancelled_in, finish_of, is_finish, mark_cancelled
+from .errors import (
+    Finish,
+    StageExecutionError,
+    cancelled_in,
+    finish_of,
+    is_finish,
+    mark_cancelled,
+    mark_within,
+)
 from .events import check_hook, fire, report
 from .fanout import Batch, Stream
 from .outcome import Outcome
-from .stage import RunState, Stage, callable_name, raise_cancellation
-from .types import AfterStageHook, BeforeStageHook, ContextT, First, Last, Middleware, Step, is_awaitable
+from .stage import Call, Joinable, RunState, Stage, as_step, call_of, raise_cancellation
+from .types import (
+    AfterStageHook,
+    BeforeStageHook,
+    ContextT,
+    First,
+    Last,
+    Middleware,
+    Part,
+    Step,
+    Structure,
+    is_awaitable,
+)
 
 __all__ = ["Pipeline"]
-
-_Call = Callable[[Any, Any, RunState | None], Any]
 
 
 class _Stop(NamedTuple):
@@ -26,7 +43,6 @@ class _Stop(NamedTuple):
 
     name: str
     is_direct: bool
-    is_nested: bool
     is_last: bool = False
 
 
@@ -40,7 +56,7 @@ _WITH_STATE = 2  # and the context; the state is None by default
 _NEVER_AWAITABLE = frozenset({bool, bytes, dict, float, int, list, set, str, tuple, type(None)})
 
 
-class Pipeline(Generic[First, Last, ContextT]):
+class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
     """Steps in a row, each receiving what the one before returned.
 
     >>> pipeline = Pipeline([fetch, parse, save], name="pages")
@@ -72,7 +88,7 @@ class Pipeline(Generic[First, Last, ContextT]):
         ValueError: no stage.
     """
 
-    __slots__ = ("_after", "_before", "_is_hooked", "_links", "name", "stages")
+    __slots__ = ("_after", "_before", "_is_hooked", "_links", "_middlewares", "name", "stages")
 
     name: str
     stages: tuple[Step[Any, Any], ...]
@@ -93,8 +109,8 @@ class Pipeline(Generic[First, Last, ContextT]):
         self._before = check_hook("before_stage(stage_name, value)", before_stage)
         self._after = check_hook("after_stage(stage_name, value, output, error)", after_stage)
         self._is_hooked = before_stage is not None or after_stage is not None
-        folds = _checked_middlewares(middlewares)
-        *links, last = (_link(step, folds) for step in self.stages)
+        self._middlewares = _checked_middlewares(middlewares)
+        *links, last = (_link(step, self._middlewares) for step in self.stages)
         self._links = (*links, (*last[:4], last[4]._replace(is_last=True)))
 
     if not TYPE_CHECKING:
@@ -163,6 +179,20 @@ class Pipeline(Generic[First, Last, ContextT]):
             value = finish_of(ended).value
         output: Last = value  # not cast(): it is a call, and this is the hottest line
         return output
+
+    async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
+        """Run as a step of another pipeline."""
+        run: Any = self.run
+        try:
+            if getattr(run, "__func__", None) is Pipeline.run:
+                return await self._run_all(value, context, state)
+            return await run(value, context=context)  # a subclass's own
+        except StageExecutionError as error:
+            failure = error.within(self.name)
+            raise failure from failure.original_error
+        except asyncio.CancelledError as error:
+            mark_within(error, self.name)
+            raise
 
     async def _run_all(self, value: Any, context: Any, state: RunState | None) -> Any:
         """The general loop: with hooks, with the state of a run, and as a step of another pipeline."""
@@ -335,6 +365,81 @@ class Pipeline(Generic[First, Last, ContextT]):
         """
         return Stream(self, items, concurrency, context, timeout, ordered=ordered, buffer=buffer)
 
+    def to_mermaid(self) -> str:
+        """Return the pipeline as a Mermaid flowchart, which GitHub, GitLab and many editors render.
+
+        Pipelines and steps with others inside are subgraphs; timeouts, retries and the like stand on the
+        labels. ``str(pipeline)`` is the same as an indented tree, for a terminal.
+        """
+        from .draw import to_mermaid
+
+        return to_mermaid(self)
+
+    def __str__(self) -> str:
+        from .draw import to_tree
+
+        return to_tree(self)
+
+    def dumps(self, *, registry: Mapping[str, Any] | None = None) -> str:
+        """Return the pipeline as JSON text, from which :meth:`loads` builds it again.
+
+        The text holds the structure, all names and options, and each handler by a name: the one that it has
+        in ``registry``, else its ``module:qualname``. A :func:`functools.partial` of such a handler is
+        written with its arguments, if they are JSON.
+
+        Args:
+            registry: names, and the callables, exception types and objects with ``name`` and ``run`` that
+                are called so; for what has no name by which it could be imported.
+
+        Raises:
+            ValueError: something can't be written: a lambda, a local function, a bound method or an object
+                that is not registered, a limiter, an executor other than ``"thread"``, a retry budget, a
+                shared semaphore. The message says what it is, and of which step.
+        """
+        from .text import dumps
+
+        return dumps(self, registry)
+
+    @classmethod
+    def loads(
+        cls, text: str, *, registry: Mapping[str, Any] | None = None, allow_import: Sequence[str] = ()
+    ) -> "Pipeline[Any, Any]":
+        """Build a pipeline from the text that :meth:`dumps` has written.
+
+        Text that may import can run anything, so by default it gets no handlers but those of the registry.
+        Exceptions of Python's own may always be named.
+
+        >>> Pipeline.loads(text, registry={"shop:fetch": fetch, "shop:save": save})
+        >>> Pipeline.loads(text, allow_import=["shop"])
+
+        Args:
+            text: what ``dumps`` returned.
+            registry: the handlers that the text may name, by name: ``module:qualname``, or what ``dumps``
+                was told. A :class:`Stage` stands for its handler, so that what ``@staged`` made can be given.
+            allow_import: the modules, with all below them, from which handlers may be imported by their
+                ``module:qualname``; only what is defined there, not what is imported there.
+
+        Raises:
+            ValueError: the text is no JSON, of another version, has unknown fields or wrong values, or names
+                what is neither registered nor allowed. The message says where in the text.
+            ImportError: an allowed module can't be imported.
+        """
+        from .text import loads
+
+        return loads(text, registry, allow_import)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether its stages can join others without it."""
+        return not (self._is_hooked or self._middlewares)
+
+    def _structure(self) -> Structure:
+        hooks = {"before_stage": self._before[0], "after_stage": self._after[0]}
+        options: dict[str, Any] = {option: hook for option, hook in hooks.items() if hook is not None}
+        if self._middlewares:
+            options["middlewares"] = self._middlewares
+        return Structure("pipeline", options, [Part("stage", step.name, step) for step in self.stages])
+
     def __repr__(self) -> str:
         stages = ", ".join(map(repr, self.stages))
         return f"{type(self).__name__}([{stages}], name={self.name!r})"
@@ -343,21 +448,11 @@ class Pipeline(Generic[First, Last, ContextT]):
 def _as_steps(stages: Any) -> tuple[Step[Any, Any], ...]:
     if isinstance(stages, (str, Stage, Pipeline)) or not isinstance(stages, Iterable):
         raise TypeError(f"stages must be a list of stages, not {stages!r}; write Pipeline([fetch, parse])")
-    steps = tuple(map(_as_step, stages))
+    message = "stages must hold stages, pipelines, callables, or objects with name and run"
+    steps = tuple(as_step(step, message) for step in stages)
     if not steps:
         raise ValueError("Pipeline requires at least one stage")
     return steps
-
-
-def _as_step(step: Any) -> Step[Any, Any]:
-    is_step = isinstance(getattr(step, "name", None), str) and callable(getattr(step, "run", None))
-    if is_step and not isinstance(step, type):
-        return cast("Step[Any, Any]", step)
-    if callable(step) or isinstance(step, Coroutine):  # a Stage explains why a coroutine won't do
-        return Stage(callable_name(step), cast(Any, step))
-    raise TypeError(
-        f"stages must hold stages, pipelines, callables, or objects with name and run, not {step!r}"
-    )
 
 
 def _checked_middlewares(middlewares: Any) -> tuple[Middleware, ...]:
@@ -372,56 +467,24 @@ def _checked_middlewares(middlewares: Any) -> tuple[Middleware, ...]:
 
 
 def _link(step: Any, middlewares: Sequence[Middleware]) -> _Link:
-    is_nested = isinstance(step, Pipeline)
-    if type(step) is Stage:
-        if not middlewares and _is_direct(step):
-            return _direct_link(step)
-        call: _Call = step._run
-    else:
-        call = _nested(step) if is_nested else _own_run(step)
+    if type(step) is Stage and not middlewares and step._is_once:
+        return _direct_link(step)
+    call = call_of(step)
     for middleware in reversed(middlewares):
         call = _fold(middleware, step.name, call)
-    return step.name, call, _WITH_STATE, True, _Stop(step.name, False, is_nested)
-
-
-def _is_direct(stage: Stage[Any, Any]) -> bool:
-    """Whether one attempt is all that there is to it."""
-    return stage.retries == 0 and stage.retry_budget is None and stage.on_error is None
+    return step.name, call, _WITH_STATE, True, _Stop(step.name, False)
 
 
 def _direct_link(stage: Stage[Any, Any]) -> _Link:
-    about = _Stop(stage.name, True, False)
+    about = _Stop(stage.name, True)
     if stage.limiter is not None:
         return stage.name, stage._limited, _WITH_CONTEXT, True, about
-    if stage.timeout is not None or stage.executor is not None:
-        return stage.name, stage._attempt, _WITH_CONTEXT, True, about
-    return stage.name, stage.handler, stage._wants_context * _WITH_CONTEXT, stage._is_async, about
+    if stage._is_plain:
+        return stage.name, stage.handler, stage._wants_context * _WITH_CONTEXT, stage._is_async, about
+    return stage.name, stage._attempt, _WITH_CONTEXT, True, about
 
 
-def _own_run(step: Any) -> _Call:
-    def call(value: Any, context: Any, state: RunState | None = None) -> Any:
-        run = step.run
-        if getattr(run, "__func__", None) is Stage.run:  # of a subclass that has none of its own
-            return step._run(value, context, state)
-        return run(value, context=context)
-
-    return call
-
-
-def _nested(pipeline: Any) -> _Call:
-    async def call(value: Any, context: Any, state: RunState | None = None) -> Any:
-        run = pipeline.run
-        try:
-            if getattr(run, "__func__", None) is Pipeline.run:
-                return await pipeline._run_all(value, context, state)
-            return await run(value, context=context)
-        except StageExecutionError as error:
-            raise error.within(pipeline.name) from error.original_error
-
-    return call
-
-
-def _fold(middleware: Middleware, stage_name: str, inner: _Call) -> _Call:
+def _fold(middleware: Middleware, stage_name: str, inner: Call) -> Call:
     async def call(value: Any, context: Any, state: RunState | None = None) -> Any:
         def next_stage(value: Any) -> Any:
             if state is not None:
@@ -435,9 +498,7 @@ def _fold(middleware: Middleware, stage_name: str, inner: _Call) -> _Call:
 
 
 def _mark(error: asyncio.CancelledError, link: _Stop, attempts: int = 1) -> None:
-    """Note on a cancellation that it left this step, by the path where a nested one has noted its own."""
-    inner, made = cancelled_in(error) or ("", 1)
-    if link.is_nested and inner:
-        mark_cancelled(error, f"{link.name}/{inner}", made)
-    elif link.is_direct or inner != link.name:
+    """Note on a cancellation that it left this step, unless the step has done so itself."""
+    path, _ = cancelled_in(error) or ("", 1)
+    if link.is_direct or not f"{path}/".startswith(f"{link.name}/"):
         mark_cancelled(error, link.name, attempts)

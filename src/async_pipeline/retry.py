@@ -154,7 +154,7 @@ class RetryPolicy:
 
     def _delay_for(self, error: BaseException, attempt: int) -> float | None:
         if isinstance(self.retry_on, (type, tuple)):
-            return self._scheduled(attempt) if _matches(error, self.retry_on) else None
+            return self._scheduled(attempt) if matches(error, self.retry_on) else None
         longest = 0.0
         for leaf in _leaves(error):
             answer = self.retry_on(leaf)
@@ -170,10 +170,11 @@ class RetryPolicy:
         return delay * (1 - float(self.jitter) * self.random()) if self.jitter else delay
 
 
-def _matches(error: BaseException, kinds: Any) -> bool:
+def matches(error: BaseException, kinds: Any) -> bool:
+    """Tell whether an error is of these kinds; of a group, all leaves, unless a type of group is named."""
     if not isinstance(error, BaseExceptionGroup) or isinstance(error, _groups_among(kinds)):
         return isinstance(error, kinds)
-    return all(_matches(part, kinds) for part in error.exceptions)
+    return all(matches(part, kinds) for part in error.exceptions)
 
 
 def _groups_among(kinds: Any) -> tuple[type[BaseException], ...]:
@@ -206,9 +207,7 @@ def check_backoff(backoff: object) -> None:
 def check_retry_on(retry_on: object) -> None:
     """Raise for anything that is neither an exception type, nor a tuple of them, nor a sync predicate."""
     if isinstance(retry_on, (type, tuple)):
-        for kind in retry_on if isinstance(retry_on, tuple) else (retry_on,):
-            if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-                raise TypeError(f"retry_on must hold exception types, not {kind!r}")
+        check_kinds("retry_on", retry_on)
     elif not callable(retry_on):
         raise TypeError(
             "retry_on must be an exception type, a tuple of them, "
@@ -216,6 +215,13 @@ def check_retry_on(retry_on: object) -> None:
         )
     elif iscoroutinefunction(retry_on) or iscoroutinefunction(getattr(retry_on, "__call__", None)):  # noqa: B004
         raise TypeError(f"retry_on must be a sync predicate; it can't await: {retry_on!r}")
+
+
+def check_kinds(parameter: str, kinds: object) -> None:
+    """Raise for anything that is neither an exception type nor a tuple of them."""
+    for kind in kinds if isinstance(kinds, tuple) else (kinds,):
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            raise TypeError(f"{parameter} must hold exception types, not {kind!r}")
 
 
 def check_fraction(parameter: str, value: Any) -> None:

@@ -1,9 +1,9 @@
 """The types that handlers, hooks and middlewares have, and the protocol of a step."""
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from inspect import CO_ITERABLE_COROUTINE
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 # of a step; without defaults, which mypy would take for an answer where a handler's form does not fit
 In = TypeVar("In", contravariant=True)
@@ -28,8 +28,11 @@ __all__ = [
     "Handler",
     "Middleware",
     "OnError",
+    "Part",
     "Step",
+    "Structure",
     "is_awaitable",
+    "structure_of",
 ]
 
 DefaultContext: TypeAlias = dict[str, Any]
@@ -65,6 +68,37 @@ class Step(Protocol[In, Out]):
     def name(self) -> str: ...
 
     def run(self, value: In, /, *, context: Any = None) -> Coroutine[Any, Any, Out]: ...
+
+
+class Structure(NamedTuple):
+    """What a step is made of, for whoever shows it or writes it down.
+
+    The ``kind`` is the name of what builds it (``"stage"``, ``"pipeline"``, ``"parallel"``, ...), the
+    ``options`` are those that differ from their defaults, by parameter, and the ``parts`` are the steps
+    inside it, in order. A step that is only known by the protocol is of the kind ``"step"``.
+    """
+
+    kind: str
+    options: Mapping[str, Any]
+    parts: "Sequence[Part]"
+
+
+class Part(NamedTuple):
+    """A step inside another one.
+
+    The ``role`` is ``"stage"`` in a pipeline, ``"predicate"`` (in a branch, of the step that follows it),
+    ``"otherwise"``, or else ``"step"``; the ``name`` is what the step around it calls it.
+    """
+
+    role: str
+    name: str
+    step: Any
+
+
+def structure_of(step: Any) -> Structure:
+    """Return what any step is made of."""
+    structure = getattr(step, "_structure", None)
+    return Structure("step", {}, ()) if structure is None else cast(Structure, structure())
 
 
 def is_awaitable(value: object) -> bool:
