@@ -160,11 +160,11 @@ class _Composite(Joinable[In, Out]):
     """What the steps of this module share."""
 
     __slots__ = ("name",)
+    _HINT = ""
 
     def __init__(self, name: str) -> None:
         if not isinstance(name, str):
-            kind = type(self).__name__.lower()
-            raise TypeError(f"name must be the str that errors call this {kind} by, not {name!r}")
+            raise TypeError(f"name must be a str, not {name!r}{self._HINT}")
         self.name: str = name
 
     def __setattr__(self, attribute: str, value: object) -> None:
@@ -220,6 +220,7 @@ class Parallel(_Composite[In, Out]):
     """
 
     __slots__ = ("_inner", "steps")
+    _HINT = '; for a step of this name write parallel({"name": step})'
 
     def __init__(self, steps: Mapping[str, Any], name: str) -> None:
         super().__init__(name)
