@@ -40,6 +40,7 @@ from .types import Handler, In, OnError, Out, Step, Structure, is_awaitable
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
+    from .steps import Require
 
 __all__ = [
     "BackoffMode",
@@ -74,6 +75,8 @@ class Joinable(Generic[In, Out]):
 
     __slots__ = ()
 
+    @overload
+    def __or__(self, after: "Require", /) -> "Pipeline[In, Out]": ...
     @overload
     def __or__(self, after: Step[Out, _Last], /) -> "Pipeline[In, _Last]": ...
     @overload

@@ -292,13 +292,19 @@ class _Branches:
             task.cancel()
 
 
+@overload
+def parallel(*, name: str = "parallel", **named: _Any[_A, Any]) -> Parallel[_A, dict[str, Any]]: ...
+@overload
 def parallel(
-    steps: Mapping[str, _Any[_A, Any]] | None = None,
+    steps: Mapping[str, Step[Any, Any] | Callable[..., Any]],
     /,
     *,
     name: str = "parallel",
-    **named: _Any[_A, Any],
-) -> Parallel[_A, dict[str, Any]]:
+    **named: Step[Any, Any] | Callable[..., Any],
+) -> Parallel[Any, dict[str, Any]]: ...
+def parallel(
+    steps: Mapping[str, Any] | None = None, /, *, name: str = "parallel", **named: Any
+) -> Parallel[Any, dict[str, Any]]:
     """Make a step that hands its input to several others at the same time, and returns a dict of results.
 
     >>> fetch | parallel(price=find_price, stock=count_stock) | merge
@@ -341,7 +347,7 @@ class Each(_Composite[In, Out]):
     def __init__(self, step: Any, concurrency: int | asyncio.Semaphore, name: str) -> None:
         super().__init__(name)
         check_concurrency(concurrency)
-        self.step = _inner_step("step", step)
+        self.step: Step[Any, Any] = _inner_step("step", step)
         self.concurrency: int | asyncio.Semaphore = concurrency
         self._inner = _Inner(name, self.step)
 
@@ -369,7 +375,7 @@ class Keep(_Composite[In, Out]):
     def __init__(self, predicate: Any, concurrency: int | asyncio.Semaphore, name: str) -> None:
         super().__init__(name)
         check_concurrency(concurrency)
-        self.predicate = _inner_step("predicate", predicate)
+        self.predicate: Step[Any, Any] = _inner_step("predicate", predicate)
         self.concurrency: int | asyncio.Semaphore = concurrency
         self._inner = _Inner(name, self.predicate)
 
@@ -721,7 +727,7 @@ def fallback(
 # -- a check
 
 
-class Require(_Composite[In, Out]):
+class Require(_Composite[Any, Any]):
     """What :func:`require` makes.
 
     Attributes:
@@ -762,7 +768,7 @@ def _missing(value: Any, fields: Sequence[str]) -> list[str]:
     return [field for field in fields if not hasattr(value, field)]
 
 
-def require(*fields: str, name: str = "require") -> Require[Any, Any]:
+def require(*fields: str, name: str = "require") -> Require:
     """Make a step that lets a mapping or an object through if it has all of these fields.
 
     >>> parse | require("id", "email") | save
