@@ -66,12 +66,12 @@ class StageExecutionError(PipelineError):
         error._is_joint = True
         return error
 
-    def after(self, earlier: "Sequence[StageExecutionError]") -> "StageExecutionError":
-        """Return the error, which now carries those of the steps that were tried before."""
-        self.earlier = tuple(earlier)
+    def after(self, earlier: "Sequence[StageExecutionError]", outer: str) -> "StageExecutionError":
+        """Return the error, which now carries those of the steps that were tried before it in ``outer``."""
+        self.earlier = (*earlier, *self.earlier)
         for failure in earlier:
-            # by the names inside this step: those around it are not known yet
-            tried = failure.stage_name.partition("/")[2]
+            # by the names inside that step: those around it are not known yet
+            tried = failure.stage_name[len(outer) + 1 :]
             self.add_note(f"after {_stage_message(tried, failure.original_error)}")
         return self
 
@@ -94,18 +94,18 @@ class StageExecutionError(PipelineError):
     def of_item(self, index: int, item: object) -> "StageExecutionError":
         """Return the error with the batch's ``item_index`` and ``item``; a copy if it had others already."""
         # one error raised for two items (kept by a middleware, say) must not name the second one twice
-        error = self
-        if self.item_index is not None:
-            error = self._copy(self.stage_name, self.element, lambda part: part.of_item(index, item))
-            error.with_traceback(self.__traceback__)
-        error.item_index, error.item = index, item
-        for part in error._parts():
-            part.item_index, part.item = index, item
+        error = self if self.item_index is None else self._twin().with_traceback(self.__traceback__)
+        error._set_item(index, item)
         return error
 
-    def _parts(self) -> "tuple[StageExecutionError, ...]":
+    def _set_item(self, index: int, item: object) -> None:
+        self.item_index, self.item = index, item
         joined = cast(Any, self.original_error).exceptions if self._is_joint else ()
-        return (*joined, *self.earlier)
+        for part in (*joined, *self.earlier):
+            part._set_item(index, item)
+
+    def _twin(self) -> "StageExecutionError":
+        return self._copy(self.stage_name, self.element, StageExecutionError._twin)
 
     def _copy(
         self,

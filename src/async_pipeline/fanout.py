@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Generic, cast
 
 from .context import copier
-from .errors import BatchError, StageExecutionError, cancelled_in
+from .errors import BatchError, Finish, StageExecutionError, cancelled_in
 from .events import logger
 from .outcome import Outcome
 from .retry import check_count, check_seconds
@@ -408,6 +408,10 @@ class Batch(FanOut):
                 except BaseException:
                     self._stop()
                     raise
+        except asyncio.CancelledError:
+            self._raise_fatal()
+            self._failures = {}  # their tracebacks hold self
+            raise
         finally:
             self._close_source()
         # taken out of self, which the tracebacks of the errors hold: a cycle would keep them all alive
@@ -430,6 +434,13 @@ class Batch(FanOut):
                 raise BatchError(failures, finished)
         finally:
             del error, failures  # the traceback holds this frame
+
+    def _raise_fatal(self) -> None:
+        """Raise what goes even before a cancellation, if it has come from an item meanwhile."""
+        if self._error is not None and not isinstance(
+            self._error, (Exception, asyncio.CancelledError, Finish)
+        ):
+            self._raise(self._error, {}, [])
 
     def _fail_source(self, error: BaseException) -> None:
         super()._fail_source(error)
@@ -512,7 +523,8 @@ class Stream(FanOut, Generic[Out]):
             self._error = None  # its turn has not come
         if error is None and self._error is None:
             self._error = self._closing_error
-        if error is None or isinstance(error, Exception):  # a KeyboardInterrupt goes before the body's error
+        # a KeyboardInterrupt goes before the body's error
+        if error is None or isinstance(error, (Exception, asyncio.CancelledError)):
             self._raise_source_error()
 
     def _raise_source_error(self) -> None:

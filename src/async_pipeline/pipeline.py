@@ -180,6 +180,9 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         output: Last = value  # not cast(): it is a call, and this is the hottest line
         return output
 
+    def _call(self) -> Call:
+        return self._run
+
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
         """Run as a step of another pipeline."""
         run: Any = self.run
@@ -188,8 +191,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
                 return await self._run_all(value, context, state)
             return await run(value, context=context)  # a subclass's own
         except StageExecutionError as error:
-            failure = error.within(self.name)
-            raise failure from failure.original_error
+            raise error.within(self.name)  # noqa: B904 - it has its cause already
         except asyncio.CancelledError as error:
             mark_within(error, self.name)
             raise

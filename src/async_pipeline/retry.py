@@ -217,11 +217,12 @@ def check_retry_on(retry_on: object) -> None:
         raise TypeError(f"retry_on must be a sync predicate; it can't await: {retry_on!r}")
 
 
-def check_kinds(parameter: str, kinds: object) -> None:
-    """Raise for anything that is neither an exception type nor a tuple of them."""
+def check_kinds(parameter: str, kinds: object, base: type[BaseException] = BaseException) -> None:
+    """Raise for anything that is neither a type of exception, derived from ``base``, nor a tuple of them."""
     for kind in kinds if isinstance(kinds, tuple) else (kinds,):
-        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-            raise TypeError(f"{parameter} must hold exception types, not {kind!r}")
+        if not (isinstance(kind, type) and issubclass(kind, base)):
+            what = "exception types" if base is BaseException else f"subclasses of {base.__name__}"
+            raise TypeError(f"{parameter} must hold {what}, not {kind!r}")
 
 
 def check_fraction(parameter: str, value: Any) -> None:

@@ -101,6 +101,10 @@ class Joinable(Generic[In, Out]):
         """Return a :class:`~async_pipeline.Pipeline` of the step before this one, and this one."""
         return _join(before, self)
 
+    def _call(self) -> Call:
+        """How to run it inside a run, see :func:`call_of`."""
+        return _own_run(self)
+
 
 def _join(before: Any, after: Any) -> Any:
     from .pipeline import Pipeline
@@ -138,11 +142,9 @@ def as_step(step: Any, message: str, name: str | None = None) -> Step[Any, Any]:
 
 def call_of(step: Any) -> Call:
     """Return how to run a step inside a run: errors begin with its name, a ``Finish`` passes through."""
-    if isinstance(step, Joinable) and not isinstance(step, Stage):
-        return step._run  # type: ignore[attr-defined,no-any-return]
     if type(step) is Stage:
         return step._once if step._is_plain else step._run
-    return _own_run(step)
+    return step._call() if isinstance(step, Joinable) else _own_run(step)
 
 
 def _own_run(step: Any) -> Call:

@@ -9,6 +9,7 @@ path: ``enrich/price``. Hooks and middlewares of the pipeline around it see it a
 import asyncio
 from abc import abstractmethod
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar, cast, overload
 
 from .errors import (
@@ -22,7 +23,7 @@ from .errors import (
 )
 from .fanout import Batch, check_concurrency, check_items
 from .retry import check_kinds, matches
-from .stage import Joinable, RunState, as_step, call_of, cancel_requests, was_cancelled
+from .stage import Call, Joinable, RunState, as_step, call_of, cancel_requests, was_cancelled
 from .types import In, Out, Part, Step, Structure
 
 __all__ = [
@@ -138,22 +139,38 @@ class _Ends:
             if fatal is not None:
                 raise fatal
             if failures:
-                raise failures[0] if len(failures) == 1 else StageExecutionError.joint(self._name, failures)
+                raise self._joined(failures)
             if left is not None:
                 raise left
         finally:
             del failures, left, fatal
 
-    def mark(self, error: asyncio.CancelledError) -> None:
+    def _joined(self, failures: list[StageExecutionError]) -> StageExecutionError:
+        if len(failures) == 1:
+            return failures[0]
+        first, *others = failures
+        others.sort(key=attrgetter("element"))  # who is cancelled first is left to chance
+        return StageExecutionError.joint(self._name, [first, *others])
+
+    def leave_by(self, error: asyncio.CancelledError) -> None:
         """Note on a cancellation that came from outside what it has interrupted: the path that all share."""
+        if self._fatal is not None:
+            self._failures = []
+            self.raise_any()
+        if self._failures and error.__context__ is None:  # it interrupted the others, which were cleaning up
+            error.__context__ = self._joined(self._failures)
+        self._failures, self._left = [], None
+        mark_cancelled(error, *self._interrupted())
+
+    def _interrupted(self) -> tuple[str, int]:
         if len(self.cancelled) == 1:
-            return mark_cancelled(error, *self.cancelled[0])
+            return self.cancelled[0]
         shared: list[str] = []
         for names in zip(*(path.split("/") for path, _ in self.cancelled), strict=False):
             if len(set(names)) > 1:
                 break
             shared.append(names[0])
-        return mark_cancelled(error, "/".join(shared) or self._name)
+        return "/".join(shared) or self._name, 1
 
 
 class _Composite(Joinable[In, Out]):
@@ -166,6 +183,9 @@ class _Composite(Joinable[In, Out]):
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, not {name!r}{self._HINT}")
         self.name: str = name
+
+    def _call(self) -> Call:
+        return self._run if type(self).run is _Composite.run else super()._call()
 
     def __setattr__(self, attribute: str, value: object) -> None:
         if hasattr(self, attribute):
@@ -254,6 +274,9 @@ class _Branches:
         self._results: dict[str, Any] = {}
         self._ends = _Ends(name)
         self._tasks: list[asyncio.Task[None]] = []
+        self._task = asyncio.current_task()
+        self._requests = cancel_requests()
+        self._has_ended = False
         self._is_stopping = False
 
     async def run(self, value: Any, context: Any, state: RunState | None) -> dict[str, Any]:
@@ -262,34 +285,50 @@ class _Branches:
                 for inner in self._inner:
                     self._tasks.append(group.create_task(self._branch(inner, value, context, state)))
         except asyncio.CancelledError as error:
-            self._ends.mark(error)
+            self._ends.leave_by(error)
             raise
         finally:
-            self._tasks = []
+            self._tasks, self._task = [], None
         self._ends.raise_any()
-        return {inner.name: self._results[inner.name] for inner in self._inner}
+        return {inner.name: self._result(inner) for inner in self._inner}
+
+    def _result(self, inner: _Inner) -> Any:
+        if inner.name not in self._results:  # somebody cancelled its task before it began
+            error = asyncio.CancelledError()
+            mark_cancelled(error, *inner.where(error))
+            raise error
+        return self._results[inner.name]
 
     async def _branch(self, inner: _Inner, value: Any, context: Any, state: RunState | None) -> None:
         try:
             own = None if state is None else state.fork()
+            if own is not None:
+                own.check()  # a sibling may have blocked the event loop
             self._results[inner.name] = await inner.call(value, context, own)
         except asyncio.CancelledError as error:
-            if self._is_stopping:
-                return
-            self._ends.cancelled.append(inner.where(error))
-            self._end(inner, error)
+            if self._is_cancelled():
+                self._ends.cancelled.append(inner.where(error))
+            elif not self._is_stopping:
+                self._end(inner, error)
         except BaseException as error:
             self._end(inner, error)
 
+    def _is_cancelled(self) -> bool:
+        """Whether the task of the whole is being cancelled, in which case its TaskGroup cancels the rest."""
+        return self._task is not None and self._task.cancelling() > self._requests
+
     def _end(self, inner: _Inner, error: BaseException) -> None:
         self._ends.add(inner, error)
-        # not at once: a sibling that is ready to run, too, may be about to fail for a reason of its own
-        asyncio.get_running_loop().call_soon(self._cancel)
+        if not self._has_ended:
+            self._has_ended = True
+            # not at once: a sibling that is ready to run, too, may be about to fail for a reason of its own
+            asyncio.get_running_loop().call_soon(self._cancel)
 
     def _cancel(self) -> None:
-        self._is_stopping = True
-        for task in self._tasks:
-            task.cancel()
+        if not self._is_cancelled():  # a second cancellation would interrupt who cleans up after the first
+            self._is_stopping = True
+            for task in self._tasks:
+                task.cancel()
 
 
 @overload
@@ -321,13 +360,15 @@ def parallel(
 
     Raises:
         TypeError: what is given is no step.
-        ValueError: no step.
+        ValueError: no step, or two of the same name.
         StageExecutionError: by the run, ``name/step`` for a step that failed. When several fail at the same
             time, or while they are being cancelled, it is that of ``name``, and ``original_error`` is an
             ``ExceptionGroup`` of theirs.
     """
     if not (steps is None or isinstance(steps, Mapping)):
         raise TypeError(f"steps must be a mapping of names to steps, not {steps!r}; write parallel(a=…, b=…)")
+    for twice in (steps or {}).keys() & named:
+        raise ValueError(f"step {twice!r} of parallel is given twice")
     return Parallel({**(steps or {}), **named}, name)
 
 
@@ -352,8 +393,7 @@ class Each(_Composite[In, Out]):
         self._inner = _Inner(name, self.step)
 
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
-        _check_elements(self.name, value)
-        return await _OfEach(self._inner, self.concurrency, value, context, state).run_as(self.name)
+        return await _open(_OfEach, self, value, context, state).run_as_step()
 
     def _structure(self) -> Structure:
         return Structure("each", _concurrency(self), [Part("step", self.step.name, self.step)])
@@ -380,8 +420,7 @@ class Keep(_Composite[In, Out]):
         self._inner = _Inner(name, self.predicate)
 
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
-        _check_elements(self.name, value)
-        kept = await _Kept(self._inner, self.concurrency, value, context, state).run_as(self.name)
+        kept = await _open(_Kept, self, value, context, state).run_as_step()
         return [element for element in kept if element is not _DROPPED]
 
     def _structure(self) -> Structure:
@@ -399,18 +438,12 @@ def _concurrency(step: Each[Any, Any] | Keep[Any, Any]) -> dict[str, Any]:
     return {} if step.concurrency == _CONCURRENCY else {"concurrency": step.concurrency}
 
 
-def _check_elements(name: str, value: object) -> None:
-    try:
-        check_items(f"the value that {name!r} gets", value)
-    except TypeError as error:
-        raise StageExecutionError(name, error) from error
-
-
 class _OfEach(Batch):
     """One run of ``each``: a batch whose items share the context, and whose end is that of the step."""
 
     def __init__(
         self,
+        name: str,
         inner: _Inner,
         concurrency: int | asyncio.Semaphore,
         elements: Any,
@@ -419,27 +452,17 @@ class _OfEach(Batch):
     ) -> None:
         super().__init__(inner, elements, concurrency, None, return_exceptions=False)
         self._inner = inner
-        self._state = state
         self._make_context = lambda: context
-        # without a state, the step's own coroutine: a layer more is paid for at each suspension
-        self._run = inner.call if state is None else self._run_with_state
-
-    async def run_as(self, name: str) -> list[Any]:
         self._ends = _Ends(name)
+        # without a state, the step's own coroutine: a layer more is paid for at each suspension
+        self._run = inner.call if state is None else _with_state(inner, state, self._ends.cancelled)
+
+    async def run_as_step(self) -> list[Any]:
         try:
             return await self.run()
         except asyncio.CancelledError as error:
             if cancelled_in(error) is None:
-                self._ends.mark(error)
-            raise
-
-    async def _run_with_state(self, element: Any, context: Any) -> Any:
-        state = cast(RunState, self._state).fork()
-        try:
-            state.check()  # of elements that block the event loop, none begins after the deadline
-            return await self._inner.call(element, context, state)
-        except asyncio.CancelledError as error:
-            self._ends.cancelled.append(self._inner.where(error))
+                self._ends.leave_by(error)
             raise
 
     def _fail(self, job: Any, context: Any, started: float, error: BaseException) -> None:
@@ -457,6 +480,29 @@ class _OfEach(Batch):
             del error
 
 
+def _with_state(inner: _Inner, state: RunState, cancelled: list[tuple[str, int]]) -> Callable[..., Any]:
+    async def run(element: Any, context: Any) -> Any:
+        own = state.fork()
+        try:
+            own.check()  # of elements that block the event loop, none begins after the deadline
+            return await inner.call(element, context, own)
+        except asyncio.CancelledError as error:
+            cancelled.append(inner.where(error))
+            raise
+
+    return run
+
+
+def _open(
+    kind: type[_OfEach], step: Each[Any, Any] | Keep[Any, Any], value: Any, context: Any, state: Any
+) -> _OfEach:
+    try:
+        check_items(f"the value that {step.name!r} gets", value)
+        return kind(step.name, step._inner, step.concurrency, value, context, state)
+    except Exception as error:
+        raise StageExecutionError(step.name, error) from error
+
+
 class _Kept(_OfEach):
     """One run of ``keep``: the elements themselves are the results, or ``_DROPPED``."""
 
@@ -465,7 +511,7 @@ class _Kept(_OfEach):
     ) -> None:
         try:
             kept = job[1] if value else _DROPPED
-        except Exception as undecided:
+        except BaseException as undecided:
             return self._fail(job, context, started, undecided)
         return super()._settle(job, context, started, kept)
 
@@ -647,7 +693,7 @@ class Fallback(_Composite[In, Out]):
 
     def __init__(self, steps: Sequence[Any], on: Any, name: str) -> None:
         super().__init__(name)
-        check_kinds("on", on)
+        check_kinds("on", on, Exception)
         self.on: type[Exception] | tuple[type[Exception], ...] = on
         self.steps: tuple[Step[Any, Any], ...] = tuple(_inner_step("a step of fallback", s) for s in steps)
         self._inner = tuple(_Inner(name, step) for step in self.steps)
@@ -665,7 +711,7 @@ class Fallback(_Composite[In, Out]):
                     # try: ... except asyncio.CancelledError: raise MyError - nothing is begun after that
                     is_over = (state is not None and state.is_over()) or was_cancelled(error, requests)
                     if is_over or inner is self._inner[-1] or not _is_caught(error, self.on):
-                        error.after(earlier)
+                        error.after(earlier, self.name)
                         raise
                     earlier.append(error)
         finally:
@@ -691,8 +737,8 @@ def _is_caught(error: BaseException, kinds: Any) -> bool:
     if not isinstance(error, StageExecutionError) or isinstance(error, kinds):
         return matches(error, kinds)
     original = error.original_error
-    if error._is_joint and isinstance(original, BaseExceptionGroup):
-        return all(_is_caught(part, kinds) for part in original.exceptions)
+    if error._is_joint and not isinstance(original, kinds):
+        return all(_is_caught(part, kinds) for part in cast(Any, original).exceptions)
     return matches(original, kinds)
 
 
@@ -746,9 +792,11 @@ class Require(_Composite[Any, Any]):
         self.fields: tuple[str, ...] = fields
 
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
-        missing = _missing(value, self.fields)
-        if missing:
-            error = MissingFieldsError(missing)
+        try:
+            missing = _missing(value, self.fields)
+            if missing:
+                raise MissingFieldsError(missing)
+        except Exception as error:  # of a property, too, that raises what is no AttributeError
             raise StageExecutionError(self.name, error) from error
         return value
 
