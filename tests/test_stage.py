@@ -34,6 +34,7 @@ from async_pipeline import (
     Stage,
     StageExecutionError,
     StageTimeoutError,
+    each,
     staged,
 )
 from async_pipeline import stage as stage_module
@@ -1580,3 +1581,107 @@ def test_run_is_a_coroutine_function() -> None:
     with pytest.raises(StopIteration) as finished:
         coroutine.send(None)
     assert finished.value.value == 1
+
+
+class TestJoin:
+    """``|``, which every step has."""
+
+    async def test_joins_stages_steps_pipelines_and_callables_on_either_side(self) -> None:
+        stage = Stage("same", async_same)
+        duck = Duck()
+        for joined in (
+            stage | same,
+            same | stage,
+            stage | stage,
+            duck | stage,
+            stage | duck,
+            Pipeline([same]) | stage,
+            same | Pipeline([stage]),
+            each(same) | stage,
+            same | each(same),
+            stage | async_same | duck | Pipeline([same]),
+        ):
+            assert type(joined) is Pipeline
+            assert await joined.run([7]) == [7]
+
+    def test_is_flat(self) -> None:
+        joined = (Stage("a", same) | same) | (Pipeline([Stage("b", same), same], name="named") | same)
+        assert [step.name for step in joined.stages] == ["a", "same", "b", "same", "same"]
+        assert joined.name == "pipeline"
+        joined |= same
+        assert len(joined.stages) == 6
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"before_stage": print}, {"after_stage": print}, {"middlewares": [print]}],
+        ids=["before", "after", "middleware"],
+    )
+    def test_a_pipeline_with_something_of_its_own_keeps_it_as_a_step(self, options: Any) -> None:
+        own: Pipeline[Any, Any] = Pipeline([same, same], name="own", **options)
+        for joined in own | same, same | own, own | own:
+            assert own in joined.stages
+            assert len(joined.stages) == 2
+            assert joined._is_plain
+
+    async def test_a_subclass_of_pipeline_stays_a_step(self) -> None:
+        class Mine(Pipeline[Any, Any]):
+            async def run(self, initial_value: Any, **options: Any) -> Any:
+                return "mine", await super().run(initial_value, **options)
+
+        joined = Mine([same]) | same
+        assert len(joined.stages) == 2
+        assert await joined.run(7) == ("mine", 7)
+
+    def test_makes_a_new_pipeline_and_leaves_its_parts_alone(self) -> None:
+        first, second = Pipeline([same]), Pipeline([same, same])
+        assert first | second is not first
+        assert (len(first.stages), len(second.stages)) == (1, 2)
+
+    async def test_flat_joined_and_nested_agree_on_errors_and_finish(self) -> None:
+        def fail(value: Any) -> Any:
+            raise Finish(value) if value == "finish" else ValueError(value)
+
+        def never(value: Any) -> Any:
+            raise AssertionError
+
+        flat = Pipeline([same, fail, never])
+        joined = Stage("same", same) | fail | never
+        nested = Pipeline([Pipeline([same, fail], name="inner"), never])
+        for pipeline, path in (flat, "fail"), (joined, "fail"), (nested, "inner/fail"):
+            assert await pipeline.run("finish") == "finish"
+            with pytest.raises(StageExecutionError) as caught:
+                await pipeline.run(7)
+            assert caught.value.stage_name == path
+            assert type(caught.value.original_error) is ValueError
+        assert [step.name for step in joined.stages] == [step.name for step in flat.stages]
+
+    def test_a_class_joins_from_the_right(self) -> None:
+        assert [step.name for step in (Stage("same", same) | int | str).stages] == ["same", "int", "str"]
+        kind: Any = int  # type checkers take this for a union of types
+        assert [step.name for step in (kind | Stage("same", same)).stages] == ["int", "same"]
+
+    @pytest.mark.parametrize("other", [5, "same", None, [same], {"same": same}], ids=repr)
+    def test_refuses_what_is_no_step(self, other: Any) -> None:
+        for left, right in ((Stage("same", same), other), (other, Pipeline([same]))):
+            with pytest.raises(TypeError, match=r"unsupported operand type\(s\) for \|: "):
+                left | right
+
+    def test_a_coroutine_object_is_told_from_its_function(self) -> None:
+        with pytest.raises(TypeError, match=r"write Stage\('async_same', async_same\), without \(\)"):
+            Stage("same", same) | async_same(7)  # type: ignore[operator]
+        with pytest.raises(TypeError, match=r"without \(\)"):
+            async_same(7) | Stage("same", same)
+
+    def test_leaves_others_their_own_way_to_join(self) -> None:
+        class Other:
+            def __ror__(self, other: Any) -> str:
+                return f"joined to {other.name}"
+
+        assert Stage("same", same) | Other() == "joined to same"  # type: ignore[operator]
+
+
+class Duck:
+    name = "duck"
+
+    async def run(self, value: Any, *, context: Any = None) -> Any:
+        return value
