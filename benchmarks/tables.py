@@ -81,6 +81,7 @@ _COLUMNS = {
 _GROWING = {
     "`map`": work.map_items,
     "`stream`": work.stream_items,
+    "`each`": work.each_items,
     "pool by hand": by_hand.pool,
 }
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from async_pipeline import Pipeline, Stage
+from async_pipeline import Pipeline, Stage, each
 
 STAGES = 5
 CONCURRENCY = 50
@@ -59,6 +59,14 @@ suspending_pipeline = _pipeline(suspending)
 
 async def map_items(items: Sequence[int]) -> list[int]:
     return await suspending_pipeline.map(items, CONCURRENCY)
+
+
+each_element = Pipeline([each(suspending_pipeline, CONCURRENCY)])
+
+
+async def each_items(items: Sequence[int]) -> list[int]:
+    results: list[int] = await each_element.run(items)
+    return results
 
 
 async def stream_items(items: Sequence[int]) -> list[int]:

@@ -27,6 +27,10 @@ def test_ours_and_the_limit_give_the_same_results(row: tables.Row) -> None:
     assert results(row.limit) == work.expected(ITEMS)
 
 
+def test_each_does_the_same_work() -> None:
+    assert results(work.each_items) == work.expected(ITEMS)
+
+
 def test_the_five_stages_of_the_neighbours_do_the_same_work() -> None:
     assert results(work.one_by_one(by_hand.run_suspending)) == work.expected(ITEMS)
 

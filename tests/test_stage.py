@@ -1670,14 +1670,14 @@ class TestJoin:
         with pytest.raises(TypeError, match=r"write Stage\('async_same', async_same\), without \(\)"):
             Stage("same", same) | async_same(7)  # type: ignore[operator]
         with pytest.raises(TypeError, match=r"without \(\)"):
-            async_same(7) | Stage("same", same)
+            async_same(7) | Stage("same", same)  # type: ignore[operator]
 
     def test_leaves_others_their_own_way_to_join(self) -> None:
         class Other:
             def __ror__(self, other: Any) -> str:
                 return f"joined to {other.name}"
 
-        assert Stage("same", same) | Other() == "joined to same"  # type: ignore[operator]
+        assert Stage("same", same) | Other() == "joined to same"
 
 
 class Duck:
