@@ -509,6 +509,28 @@ class TestParallel:
         assert closed[3:] == [9]
 
     @pytest.mark.virtual
+    async def test_who_cleans_up_is_cancelled_once_after_a_handler_that_cancels_its_own_run(self) -> None:
+        closed = []
+
+        def give_up(value: Any) -> Any:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            return value
+
+        async def tidy(value: Any) -> None:
+            try:
+                await asyncio.sleep(100)
+            finally:
+                await asyncio.sleep(2)
+                closed.append(now())
+
+        task = asyncio.create_task(Pipeline([give_up, parallel(a=forever, b=tidy)]).run(7))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert closed == [2]
+
+    @pytest.mark.virtual
     async def test_a_failure_at_the_moment_of_a_cancellation_cancels_once(self) -> None:
         closed = []
 

@@ -271,26 +271,39 @@ class _Branches:
 
     def __init__(self, name: str, inner: Sequence[_Inner]) -> None:
         self._inner = inner
+        self._running = len(inner)
         self._results: dict[str, Any] = {}
         self._ends = _Ends(name)
         self._tasks: list[asyncio.Task[None]] = []
-        self._task = asyncio.current_task()
-        self._requests = cancel_requests()
-        self._has_ended = False
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._has_ended = False  # one of them, without a result
         self._is_stopping = False
+        self._is_cancelled = False  # from outside; the TaskGroup cancels all then
 
     async def run(self, value: Any, context: Any, state: RunState | None) -> dict[str, Any]:
         try:
             async with asyncio.TaskGroup() as group:
                 for inner in self._inner:
-                    self._tasks.append(group.create_task(self._branch(inner, value, context, state)))
+                    task = group.create_task(self._branch(inner, value, context, state))
+                    self._tasks.append(task)
+                    task.add_done_callback(self._count)
+                try:
+                    await self._over
+                except asyncio.CancelledError:
+                    self._is_cancelled = True
+                    raise
         except asyncio.CancelledError as error:
             self._ends.leave_by(error)
             raise
         finally:
-            self._tasks, self._task = [], None
+            self._tasks = []
         self._ends.raise_any()
         return {inner.name: self._result(inner) for inner in self._inner}
+
+    def _count(self, task: asyncio.Task[None]) -> None:
+        self._running -= 1
+        if not self._running and not self._over.done():
+            self._over.set_result(None)
 
     def _result(self, inner: _Inner) -> Any:
         if inner.name not in self._results:  # somebody cancelled its task before it began
@@ -306,16 +319,12 @@ class _Branches:
                 own.check()  # a sibling may have blocked the event loop
             self._results[inner.name] = await inner.call(value, context, own)
         except asyncio.CancelledError as error:
-            if self._is_cancelled():
+            if self._is_cancelled:
                 self._ends.cancelled.append(inner.where(error))
             elif not self._is_stopping:
                 self._end(inner, error)
         except BaseException as error:
             self._end(inner, error)
-
-    def _is_cancelled(self) -> bool:
-        """Whether the task of the whole is being cancelled, in which case its TaskGroup cancels the rest."""
-        return self._task is not None and self._task.cancelling() > self._requests
 
     def _end(self, inner: _Inner, error: BaseException) -> None:
         self._ends.add(inner, error)
@@ -325,7 +334,7 @@ class _Branches:
             asyncio.get_running_loop().call_soon(self._cancel)
 
     def _cancel(self) -> None:
-        if not self._is_cancelled():  # a second cancellation would interrupt who cleans up after the first
+        if not self._is_cancelled:  # a second cancellation would interrupt who cleans up after the first
             self._is_stopping = True
             for task in self._tasks:
                 task.cancel()
