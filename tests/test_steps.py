@@ -28,6 +28,7 @@ from async_pipeline import (
     parallel,
     require,
 )
+from async_pipeline.errors import behind
 from async_pipeline.middlewares import RetryMiddleware
 from async_pipeline.stage import Joinable
 from async_pipeline.steps import Branch, Each, Fallback, Keep, Parallel, Require
@@ -565,11 +566,9 @@ class TestParallel:
         for step in parallel(bad=after(1, fail), b=tidy), each(after(1, fail)):
             error = await failure(Pipeline([lambda value: source(), step]).run(7, timeout=2))
             assert isinstance(error.original_error, DeadlineExceeded)
-            timeout = error.original_error.__cause__
-            assert timeout is not None
-            cancellation = timeout.__cause__ or timeout
-            assert isinstance(cancellation.__context__, StageExecutionError)
-            assert type(cancellation.__context__.original_error) is ValueError
+            hidden = behind(error.original_error, StageExecutionError)
+            assert isinstance(hidden, StageExecutionError)
+            assert type(hidden.original_error) is ValueError
 
     @pytest.mark.virtual
     async def test_what_is_no_exception_goes_before_a_cancellation(self) -> None:
@@ -610,6 +609,8 @@ class TestParallel:
                 if "_Branches" in repr(task.get_coro()) and task is not asyncio.current_task():
                     task.cancel()
 
+        if asyncio.get_running_loop().get_task_factory() is not None:
+            pytest.skip("eager tasks begin at once")
         (error,) = await Pipeline([parallel(a=cancel_others, b=same)]).map([7], return_exceptions=True)
         assert isinstance(error, StageExecutionError)
         assert isinstance(error.original_error, asyncio.CancelledError)
@@ -638,6 +639,8 @@ class TestParallel:
         assert error.stage_name == "parallel/a/parallel"
 
     async def test_a_cancellation_before_it_began(self) -> None:
+        if asyncio.get_running_loop().get_task_factory() is not None:
+            pytest.skip("eager tasks begin at once")
         calls: list[Any] = []
         task = asyncio.create_task(parallel(a=calls.append).run(7))
         task.cancel()
@@ -686,7 +689,7 @@ class TestEach:
     @pytest.mark.virtual
     @pytest.mark.parametrize(
         "elements",
-        [[3, 1, 2], (3, 1, 2), iter([3, 1, 2]), {3: "a", 1: "b", 2: "c"}, Source([3, 1, 2])],
+        [list, tuple, iter, dict.fromkeys, Source],
         ids=["list", "tuple", "iterator", "dict", "async"],
     )
     async def test_in_order_of_any_iterable(self, elements: Any) -> None:
@@ -694,7 +697,7 @@ class TestEach:
             await asyncio.sleep(value)
             return -value
 
-        assert await each(wait).run(elements) == [-3, -1, -2]
+        assert await each(wait).run(elements([3, 1, 2])) == [-3, -1, -2]
         assert now() == pytest.approx(3)
 
     async def test_of_nothing(self) -> None:
@@ -1283,6 +1286,7 @@ class TestRepr:
              "parallel(a=Stage('a'), b=Stage('c', retries=1))"),
             (parallel({"a b": same}, name="x"), "parallel({'a b': Stage('a b')}, name='x')"),
             (parallel({"name": same}), "parallel({'name': Stage('name')})"),
+            (parallel({"class": same}), "parallel({'class': Stage('class')})"),
             (each(same), "each(Stage('same'))"),
             (each(Pipeline([same]), 20, name="rows"),
              "each(Pipeline([Stage('same')], name='pipeline'), concurrency=20, name='rows')"),

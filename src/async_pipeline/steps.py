@@ -9,7 +9,9 @@ path: ``enrich/price``. Hooks and middlewares of the pipeline around it see it a
 import asyncio
 from abc import abstractmethod
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from keyword import iskeyword
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, TypeVar, cast, overload
 
 from .errors import (
@@ -249,9 +251,9 @@ class Parallel(_Composite[In, Out]):
         for key in steps:
             if not isinstance(key, str):
                 raise TypeError(f"the names of parallel's steps must be str, not {key!r}")
-        self.steps: Mapping[str, Step[Any, Any]] = {
-            key: _inner_step(f"step {key!r} of parallel", step, key) for key, step in steps.items()
-        }
+        self.steps: Mapping[str, Step[Any, Any]] = MappingProxyType(
+            {key: _inner_step(f"step {key!r} of parallel", step, key) for key, step in steps.items()}
+        )
         self._inner = tuple(_Inner(name, step, key) for key, step in self.steps.items())
 
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
@@ -261,9 +263,9 @@ class Parallel(_Composite[In, Out]):
         return Structure("parallel", {}, [Part("step", key, step) for key, step in self.steps.items()])
 
     def __repr__(self) -> str:
-        if all(key.isidentifier() and key != "name" for key in self.steps):
+        if all(key.isidentifier() and not iskeyword(key) and key != "name" for key in self.steps):
             return self._repr(*(f"{key}={step!r}" for key, step in self.steps.items()))
-        return self._repr(repr(self.steps))
+        return self._repr(repr(dict(self.steps)))
 
 
 class _Branches:
