@@ -1090,6 +1090,163 @@ def test_the_time_left_is_easy_to_read(seconds: float, text: str) -> None:
     assert cli._clock(seconds) == text
 
 
+# -- a picture
+
+
+SHOWN = """
+from async_pipeline import Pipeline, Stage, parallel
+
+def fetch(x): ...
+
+def broken(x):
+    raise OSError
+
+print("imported")
+small = Pipeline([Stage("fetch", fetch, timeout=2.0), parallel(price=fetch)], name="small")
+odd = Pipeline([Stage("né \\N{PARTY POPPER}", fetch)], name="odd")
+surrogate = Pipeline([Stage("\\ud800", fetch)])
+large = Pipeline([Stage(f"stage {n}", fetch) for n in range(20_000)], name="large")
+fails = Pipeline([broken])
+"""
+
+
+@pytest.fixture
+def shown(folder: Path) -> None:
+    module(SHOWN, name="shown")
+
+
+@pytest.mark.usefixtures("shown")
+class TestShow:
+    def test_a_tree_by_default(self, here: Cli) -> None:
+        tree = "small (pipeline)\n├─ fetch: timeout 2 s\n└─ parallel\n   └─ price\n"
+        assert here("show", "shown:small") == (0, tree, "imported\n")
+        assert here("show", "shown:small", "--format", "tree").out == tree
+
+    def test_a_flowchart(self, here: Cli) -> None:
+        code, out, err = here("show", "shown:small", "--format", "mermaid")
+        assert (code, err) == (0, "imported\n")
+        assert out == importlib.import_module("shown").small.to_mermaid() + "\n"
+        assert out.startswith("flowchart TD\n")
+
+    def test_json(self, here: Cli) -> None:
+        code, out, err = here("show", "shown:small", "--format", "json")
+        assert (code, err) == (0, "imported\n")
+        text: Any = importlib.import_module("async_pipeline.text")
+        assert out == text.describe(importlib.import_module("shown").small) + "\n"
+        assert json.loads(out)["pipeline"]["name"] == "small"
+
+    def test_nothing_is_run(self, here: Cli) -> None:
+        assert here("show", "shown:fails").out == "pipeline\n└─ broken\n"
+
+    @pytest.mark.parametrize(
+        ("args", "line"),
+        [
+            ([], "show: the following arguments are required: MODULE:PIPELINE (see async-pipeline show"),
+            (["shown:small", "--format", "svg"], "show: argument --format: invalid choice: 'svg' (choose"),
+            (["shown:small", "--form", "json"], "unrecognized arguments: --form json"),
+            (["shown"], "async-pipeline: 'shown' must be MODULE:PIPELINE, for example shop.jobs:pipeline"),
+            (["shown:fetch"], "'shown:fetch' is a function, not a Pipeline: write Pipeline([fetch])"),
+            (["nowhere:at_all"], "async-pipeline: there is no module 'nowhere' here or installed"),
+        ],
+    )
+    def test_wrong_usage(self, here: Cli, args: list[str], line: str) -> None:
+        code, out, err = here("show", *args)
+        assert (code, out) == (2, "")
+        assert line in err.splitlines()[-1]
+
+    def test_help(self) -> None:
+        code, out, err = shell("show", "--help")
+        assert (code, err) == (0, "")
+        assert "--format {tree,mermaid,json}" in out
+        assert "async-pipeline show crawl:pages --format mermaid" in out
+        assert out.isascii()  # or it could not be read in every terminal
+
+    @pytest.mark.parametrize(
+        ("encoding", "tree", "flowchart", "text"),
+        [
+            ("utf-8", "odd (pipeline)\n└─ né 🎉\n", '["né 🎉"]', None),
+            (
+                "cp1252",
+                "odd (pipeline)\n`- né \\U0001f389\n",
+                '["n#233; #127881;"]',
+                "n\\u00e9 \\ud83c\\udf89",
+            ),
+            (
+                "ascii",
+                "odd (pipeline)\n`- n\\xe9 \\U0001f389\n",
+                '["n#233; #127881;"]',
+                "n\\u00e9 \\ud83c\\udf89",
+            ),
+        ],
+    )
+    def test_an_output_that_does_not_know_every_character(
+        self, monkeypatch: pytest.MonkeyPatch, encoding: str, tree: str, flowchart: str, text: str | None
+    ) -> None:
+        monkeypatch.setenv("PYTHONIOENCODING", encoding)
+        assert self.written("tree") == (0, tree.encode(encoding))
+        code, out = self.written("mermaid")
+        assert code == 0
+        assert flowchart in out.decode(encoding)
+        code, out = self.written("json")
+        assert code == 0
+        assert json.loads(out)["pipeline"]["stages"][0]["name"] == "né 🎉"
+        assert text is None or (out.isascii() and text.encode() in out)
+
+    def written(self, style: str) -> tuple[int, bytes]:
+        command = [sys.executable, "-m", "async_pipeline", "show", "shown:odd", "--format", style]
+        done = subprocess.run(command, capture_output=True, timeout=PATIENCE)
+        assert done.stderr == b"imported" + os.linesep.encode()
+        return done.returncode, done.stdout
+
+    @pytest.mark.parametrize("style", ["tree", "mermaid", "json"])
+    def test_half_of_a_surrogate_pair(self, here: Cli, style: str) -> None:
+        code, out, _ = here("show", "shown:surrogate", "--format", style)
+        assert code == 0
+        assert {"tree": "\\ud800", "mermaid": "#92;ud800", "json": '"\\ud800"'}[style] in out
+
+    def test_every_format_can_be_written_whatever_its_text_is(self) -> None:
+        for style, (_, encode) in cli._FORMATS.items():
+            assert encode("\ud800", "utf-8").isascii(), style
+
+    def test_a_reader_that_leaves(self) -> None:
+        with Live("show", "shown:large") as command:
+            assert command.line() == "large (pipeline)\n"
+            command.stdout.close()
+            assert command.end() == (0, "imported\n")
+
+    def test_a_slow_reader_gets_everything(self) -> None:
+        with Live("show", "shown:large") as command:
+            command.stand_still()
+            code, out, _ = command.finish()
+        assert code == 0
+        assert out.count("\n") == 20_001
+        assert out.endswith("└─ stage 19999\n")
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device of Linux")
+    def test_a_disk_that_is_full(self) -> None:
+        with open("/dev/full", "wb") as full:
+            command = [sys.executable, "-m", "async_pipeline", "show", "shown:small"]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=PATIENCE)
+        assert done.returncode == 1
+        assert (
+            done.stderr.decode().splitlines()[1].startswith("async-pipeline: the output can't be written: ")
+        )
+
+    def test_an_output_that_is_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shown = io.StringIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", None)
+            patch.setattr(sys, "stderr", shown)
+            assert exit_code("show", "shown:small") == 2
+        assert shown.getvalue() == "async-pipeline: the output '-' can't be written: it is closed\n"
+
+    def test_ctrl_c(self) -> None:
+        with Live("show", "shown:large") as command:
+            command.stand_still()
+            command.interrupt()
+            assert command.end() == (130, "imported\nasync-pipeline: interrupted\n")
+
+
 # -- memory
 
 

@@ -1,8 +1,8 @@
 """The Python blocks of README and docs run and print what stands below them; the README's commands are there.
 
 The blocks of a page share one namespace, in their order, so that a later one can use what an earlier one
-defined. ``await`` may stand at the top level. All waiting is virtual. A ```text block that follows a Python
-block, with nothing between the two, is what that one prints.
+defined. ``await`` may stand at the top level. All waiting is virtual. A ```text or ```mermaid block that follows
+a Python block, with nothing between the two, is what that one prints.
 """
 
 import ast
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 
+OUTPUTS = ("text", "mermaid")
 SHELLS = ("sh", "bash", "shell", "console")
 
 FENCED = re.compile(
@@ -48,7 +49,7 @@ def find_blocks(text: str) -> list[Block]:
     for match in FENCED.finditer(text):
         language, code = match["language"], textwrap.dedent(match["code"])
         follows = bool(blocks) and not text[end : match.start()].strip()
-        if language == "text" and follows and blocks[-1].language == "python":
+        if language in OUTPUTS and follows and blocks[-1].language == "python":
             blocks[-1] = blocks[-1]._replace(output=code)
         blocks.append(Block(language, code, text.count("\n", 0, match.start("code")) + 1))
         end = match.end()

@@ -7,6 +7,7 @@ What must not pass is marked ``# type: ignore[code]``, and mypy complains of a m
 import asyncio
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,52 @@ def test_wrong_types_do_not_pass(tmp_path: Path) -> None:
     found = re.findall(r":(\d+): error: .*\[([a-z-]+)\]$", checked.stdout, flags=re.MULTILINE)
     assert [(int(number), code) for number, code in found] == expected
     assert checked.returncode == 1
+
+
+JOINED = """
+# pyright: reportUnnecessaryTypeIgnoreComment=true, reportUnusedExpression=false
+from typing import assert_type
+from async_pipeline import Pipeline, Stage, each
+
+def fetch(url: str) -> bytes: return b""
+stage = Stage("fetch", fetch)
+stage | stage  # says reportOperatorIssue
+stage | each(fetch)  # says reportOperatorIssue
+stage | len  # type: ignore[operator]  # says reportUnnecessaryTypeIgnoreComment
+assert_type(stage | len, Pipeline[str, str])  # says reportAssertTypeFailure
+"""
+
+
+def run_pyright(path: Path) -> subprocess.CompletedProcess[str]:
+    pyright = shutil.which("pyright")
+    if pyright is None:
+        pytest.skip("install pyright, and put it into PATH: npm install --global pyright")
+    return subprocess.run(
+        [pyright, "--pythonpath", sys.executable, path],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=110,
+        check=False,
+    )
+
+
+def test_type_tests_of_joins_under_pyright() -> None:
+    checked = run_pyright(TYPE_TESTS / "composition.py")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_wrong_joins_do_not_pass_under_pyright(tmp_path: Path) -> None:
+    path = tmp_path / "joined.py"
+    path.write_text(JOINED)
+    checked = run_pyright(path)
+    expected = [
+        (number, line.rpartition("# says ")[2])
+        for number, line in enumerate(JOINED.splitlines(), start=1)
+        if "# says " in line
+    ]
+    found = re.findall(r":(\d+):\d+ - error: .*?\((\w+)\)$", checked.stdout, re.MULTILINE | re.DOTALL)
+    assert [(int(number), code) for number, code in found] == expected, checked.stdout
 
 
 @pytest.mark.parametrize("path", sorted(TYPE_TESTS.glob("*.py")), ids=lambda path: path.stem)

@@ -1,6 +1,6 @@
 """Chain async steps: stages with timeouts and retries, pipelines, and bounded, ordered batches.
 
->>> pipeline = Pipeline([fetch, parse, save])
+>>> pipeline = Pipeline([fetch, parse, save])        # or: fetch | parse | save
 >>> await pipeline.run(url)
 >>> await pipeline.map(urls, concurrency=20)
 """

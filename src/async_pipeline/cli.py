@@ -1,15 +1,19 @@
 """The command line: ``async-pipeline run MODULE:PIPELINE`` runs a pipeline over lines of a file or a pipe.
 
+``async-pipeline show MODULE:PIPELINE`` draws one instead, and runs nothing of it.
+
 Nothing here waits for a file in a thread, or blocks the event loop while a pipe is slow: input is read
 when it is there, output is written when there is room, so Ctrl-C is heard at once.
 """
 
 import argparse
 import asyncio
+import codecs
 import contextlib
 import importlib
 import json
 import os
+import re
 import select
 import stat
 import sys
@@ -94,13 +98,14 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="async-pipeline",
-        description="Run an async_pipeline Pipeline from the shell.",
-        epilog="'async-pipeline run --help' says more.",
+        description="Run an async_pipeline Pipeline from the shell, or look at it.",
+        epilog="'async-pipeline COMMAND --help' says more.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
+    _add_show(commands)
     return parser
 
 
@@ -156,11 +161,7 @@ def _add_run(commands: Any) -> None:
         allow_abbrev=False,
     )
     run.set_defaults(command=_run)
-    run.add_argument(
-        "target",
-        metavar="MODULE:PIPELINE",
-        help="where the Pipeline is, for example shop.jobs:pipeline; the current folder is importable",
-    )
+    _add_target(run)
     run.add_argument("--input", default="-", metavar="FILE", help="what to read; - (the default) is stdin")
     run.add_argument("--lines", action="store_true", help="each line is an item, a str, instead of JSON")
     run.add_argument(
@@ -181,6 +182,54 @@ def _add_run(commands: Any) -> None:
     )
     run.add_argument(
         "--unordered", action="store_true", help="write results as they finish, not in input order"
+    )
+
+
+_SHOW = """\
+Show what a pipeline is made of. The module is imported, and nothing is run.
+
+The formats: a tree for the terminal; a Mermaid flowchart, which GitHub, GitLab
+and many editors draw; JSON.
+"""
+
+_SHOW_MORE = """\
+examples:
+  the pipeline that crawl.py calls pages, as a tree
+
+    async-pipeline show crawl:pages
+
+  as a picture for a README, inside a code block of the language mermaid
+
+    async-pipeline show crawl:pages --format mermaid
+
+exit status:
+  0    it was shown, or the reader of the output went away
+  1    the output can't be written
+  2    wrong usage
+  130  Ctrl-C
+"""
+
+
+def _add_show(commands: Any) -> None:
+    show = commands.add_parser(
+        "show",
+        help="show a pipeline as a tree, a Mermaid flowchart or JSON",
+        usage="%(prog)s MODULE:PIPELINE [options]",
+        description=_SHOW,
+        epilog=_SHOW_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    show.set_defaults(command=_show)
+    _add_target(show)
+    show.add_argument("--format", choices=_FORMATS, default="tree", help="tree is the default")
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "target",
+        metavar="MODULE:PIPELINE",
+        help="where the Pipeline is, for example shop.jobs:pipeline; the current folder is importable",
     )
 
 
@@ -547,6 +596,54 @@ def _clock(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+# -- a picture
+
+
+def _show(options: argparse.Namespace) -> int:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    make, encode = _FORMATS[options.format]
+    with contextlib.ExitStack() as stack:
+        writer = _Writer(_open_stdout(stack), "output")
+        writer.add(encode(make(_load(options.target)) + "\n", encoding))
+        with contextlib.suppress(_ReaderGoneError):
+            asyncio.run(writer.flush())
+    return _OK
+
+
+def _json(pipeline: Pipeline[Any, Any]) -> str:
+    from .text import describe
+
+    return describe(pipeline)
+
+
+_PLAIN_LINES = str.maketrans("\u251c\u2500\u2502\u2514", "|-|`")
+
+
+def _encode_tree(text: str, encoding: str) -> bytes:
+    try:
+        return text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN_LINES).encode(encoding, "backslashreplace")
+
+
+def _encoder(escape: Callable[[str], str]) -> Callable[[str, str], bytes]:
+    # others read it as UTF-8, so what is written in another encoding must be ASCII
+    def encode(text: str, encoding: str) -> bytes:
+        is_utf8 = codecs.lookup(encoding).name == "utf-8"
+        unfit = r"[\ud800-\udfff]" if is_utf8 else r"[^\x00-\x7f]"
+        return re.sub(unfit, lambda match: escape(match[0]), text).encode(encoding)
+
+    return encode
+
+
+_Format = tuple[Callable[[Pipeline[Any, Any]], str], Callable[[str, str], bytes]]
+_FORMATS: dict[str, _Format] = {
+    "tree": (str, _encode_tree),
+    "mermaid": (Pipeline.to_mermaid, _encoder(lambda char: f"#{ord(char)};")),
+    "json": (_json, _encoder(lambda char: json.dumps(char)[1:-1])),
+}
 
 
 # -- the run

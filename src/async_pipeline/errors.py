@@ -290,11 +290,12 @@ class Finish(BaseException):
     ...     if user["id"] in seen:
     ...         raise Finish(user)                   # no further stage runs, and nothing has failed
 
-    It ends the whole run of the item from any depth, and is neither retried nor cached nor seen by
-    ``on_error``; hooks see ``value`` as the stage's output. It is a ``BaseException``, so that no
-    ``except Exception`` on its way takes it for an error. A task of a ``TaskGroup`` in the handler may
-    raise it, too; together with errors of others it is a group as any other. ``Stage.run``,
-    ``Pipeline.run`` and a step with a ``run`` of its own that calls one of these return the value.
+    It ends the whole run of the item from any depth, cancels what runs beside it, and is neither retried
+    nor cached nor seen by ``on_error``; hooks see ``value`` as the stage's output. It is a
+    ``BaseException``, so that no ``except Exception`` on its way takes it for an error. A task of a
+    ``TaskGroup`` in the handler may raise it, too; together with errors of others it is a group as any
+    other. ``Stage.run``, ``Pipeline.run`` and a step with a ``run`` of its own that calls one of these
+    return the value.
 
     Attributes:
         value: the result of the run, or in ``map`` and ``stream`` of the item; ``None`` by default.
