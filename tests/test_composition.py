@@ -18,7 +18,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any, NamedTuple
 
 import pytest
@@ -244,8 +244,8 @@ def shared(paths: list[str | None], outer: str) -> str | None:
     known = [path.split("/") for path in paths if path is not None]
     if len(known) < len(paths):
         return None
-    same = [names[0] for names in zip(*known, strict=False) if len(set(names)) == 1]
-    return "/".join(same) or outer
+    same = takewhile(lambda names: len(set(names)) == 1, zip(*known, strict=False))
+    return "/".join(names[0] for names in same) or outer
 
 
 def unsuccessful(path: str, ends: list[End], origin: End, over: float) -> End:
