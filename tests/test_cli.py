@@ -1094,7 +1094,7 @@ def test_the_time_left_is_easy_to_read(seconds: float, text: str) -> None:
 
 
 SHOWN = """
-from async_pipeline import Pipeline, Stage, parallel
+from async_pipeline import Pipeline, Stage, each, parallel
 
 def fetch(x): ...
 
@@ -1103,6 +1103,7 @@ def broken(x):
 
 print("imported")
 small = Pipeline([Stage("fetch", fetch, timeout=2.0), parallel(price=fetch)], name="small")
+rows = each(fetch)
 odd = Pipeline([Stage("né \\N{PARTY POPPER}", fetch)], name="odd")
 surrogate = Pipeline([Stage("\\ud800", fetch)])
 large = Pipeline([Stage(f"stage {n}", fetch) for n in range(20_000)], name="large")
@@ -1146,6 +1147,7 @@ class TestShow:
             (["shown:small", "--form", "json"], "unrecognized arguments: --form json"),
             (["shown"], "async-pipeline: 'shown' must be MODULE:PIPELINE, for example shop.jobs:pipeline"),
             (["shown:fetch"], "'shown:fetch' is a function, not a Pipeline: write Pipeline([fetch])"),
+            (["shown:rows"], "'shown:rows' is an Each, not a Pipeline: write Pipeline([rows])"),
             (["nowhere:at_all"], "async-pipeline: there is no module 'nowhere' here or installed"),
         ],
     )

@@ -29,7 +29,7 @@ from .errors import StageExecutionError
 from .fanout import Stream
 from .outcome import Outcome
 from .pipeline import Pipeline
-from .stage import Stage
+from .stage import Joinable
 
 __all__ = ["main"]
 
@@ -304,7 +304,7 @@ def _no_pipeline(target: str, attribute: str, found: object) -> str:
     name = attribute.rpartition(".")[2]
     if isinstance(found, (list, tuple)):
         return f"{what}: write Pipeline({name})"
-    if isinstance(found, Stage) or (callable(found) and not isinstance(found, type)):
+    if isinstance(found, Joinable) or (callable(found) and not isinstance(found, type)):
         return f"{what}: write Pipeline([{name}])"
     return what
 
