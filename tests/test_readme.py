@@ -1,8 +1,8 @@
 """The Python blocks of README and docs run and print what stands below them; the README's commands are there.
 
 The blocks of a page share one namespace, in their order, so that a later one can use what an earlier one
-defined. ``await`` may stand at the top level. All waiting is virtual. A ```text or ```mermaid block that follows
-a Python block, with nothing between the two, is what that one prints.
+defined. ``await`` may stand at the top level. All waiting is virtual. A ```text or ```mermaid block that
+follows a Python block, with nothing between the two, is what that one prints.
 """
 
 import ast

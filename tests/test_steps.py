@@ -177,6 +177,10 @@ class TestEverySteps:
         step = wrap(Client(name="x"))
         error = await failure(Pipeline([step]).run(lift(7)))
         assert error.stage_name == f"{step.name}/x/fetch"
+        if step.name != "parallel":  # "fet" begins the stage's own name, but is not it
+            step = wrap(Client(name="fet"))
+            error = await failure(Pipeline([step]).run(lift(7)))
+            assert error.stage_name == f"{step.name}/fet/fetch"
 
     async def test_attempts_are_kept(self, wrap: Any, lift: Any) -> None:
         error = await failure(Pipeline([wrap(Stage("x", fail, retries=2))]).run(lift(7)))
@@ -208,6 +212,7 @@ class TestEverySteps:
                 raise BaseExceptionGroup("", [Finish(value)])
 
         assert await Pipeline([wrap(Grouped()), fail]).run(lift(7)) == 7
+        assert await wrap(Grouped()).run(lift(7)) == 7
 
     @pytest.mark.virtual
     @pytest.mark.parametrize("error", [Fatal(), BaseExceptionGroup("x", [SystemExit(1)])], ids=repr)
@@ -530,6 +535,58 @@ class TestParallel:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert closed == [2]
+
+    @pytest.mark.virtual
+    async def test_who_cleans_up_is_cancelled_once_whatever_the_others_do(self) -> None:
+        closed = []
+
+        async def tidy(value: Any) -> None:
+            try:
+                await asyncio.sleep(100)
+            finally:
+                await asyncio.sleep(2)
+                closed.append(now())
+
+        async def untidy(value: Any) -> None:
+            try:
+                await asyncio.sleep(100)
+            finally:
+                raise KeyError
+
+        task = asyncio.create_task(parallel(a=untidy, b=tidy, c=untidy).run(7))
+        await asyncio.sleep(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert closed == [3]
+
+    async def test_what_is_no_exception_goes_before_failures(self) -> None:
+        def fatal(value: Any) -> None:
+            raise Fatal(value)
+
+        def fatal_too(value: Any) -> None:
+            raise BaseExceptionGroup("second", [SystemExit()])
+
+        for step in parallel(a=fail, b=fatal, c=finish), parallel(a=fatal, b=fatal_too, c=fail):
+            with pytest.raises(Fatal):
+                await step.run(7)
+
+    @pytest.mark.virtual
+    async def test_each_has_attempts_of_its_own(self) -> None:
+        async def stubborn(value: Any) -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(100)
+
+        def often(value: Any) -> Any:
+            raise OSError
+
+        saved = Stage("often", often, retries=4, retry_delay=0.1, on_error=lambda value, error: value)
+        slow = Pipeline([stubborn, same], name="slow")
+        error = await failure(Pipeline([parallel(slow=slow, saved=saved)]).run(7, timeout=3))
+        assert (error.stage_name, error.attempts) == ("parallel/slow/stubborn", 1)
+        one_of_both = branch((lambda value: value == 0, slow), otherwise=saved)
+        error = await failure(Pipeline([each(one_of_both)]).run([0, 1], timeout=3))
+        assert (error.stage_name, error.attempts) == ("each/branch/slow/stubborn", 1)
 
     @pytest.mark.virtual
     async def test_a_failure_at_the_moment_of_a_cancellation_cancels_once(self) -> None:
@@ -1032,9 +1089,17 @@ class TestBranch:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(100)
 
-        step = branch((Stage("flaky", flaky, retries=1), Pipeline([stubborn, same])))
-        error = await failure(Pipeline([step]).run(7, timeout=3))
-        assert error.attempts == 1
+        step = branch((Stage("flaky", flaky, retries=1), stubborn))
+        error = await failure(Pipeline([step, same]).run(7, timeout=3))
+        assert (error.stage_name, error.attempts) == ("branch", 1)
+
+    async def test_what_the_predicate_returns_has_to_be_true_or_false(self) -> None:
+        class Undecided:
+            def __bool__(self) -> bool:
+                raise ValueError("ambiguous")
+
+        error = await failure(branch((Stage("undecided", lambda value: Undecided()), same)).run(7))
+        assert (error.stage_name, type(error.original_error)) == ("branch/undecided", ValueError)
 
     @pytest.mark.parametrize(
         ("build", "error", "message"),
@@ -1195,6 +1260,23 @@ class TestFallback:
         assert (type(error.original_error), calls) == (Busy, [])
 
     @pytest.mark.virtual
+    async def test_no_alternative_begins_when_the_deadline_has_passed_unnoticed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        real, blocked = loop.time, 0.0
+        monkeypatch.setattr(loop, "time", lambda: real() + blocked)
+        calls: list[Any] = []
+
+        def block(value: Any) -> None:
+            nonlocal blocked
+            blocked += 5
+            raise Busy
+
+        error = await failure(Pipeline([fallback(block, calls.append)]).run(7, timeout=3))
+        assert (error.stage_name, type(error.original_error), calls) == ("fallback/block", Busy, [])
+
+    @pytest.mark.virtual
     async def test_a_task_group_that_failed_is_no_cancellation(self) -> None:
         async def group(value: Any) -> None:
             async with asyncio.TaskGroup() as tasks:
@@ -1210,22 +1292,22 @@ class TestFallback:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(100)
 
-        step = fallback(Stage("flaky", fail, retries=4), Pipeline([stubborn, same]))
-        error = await failure(Pipeline([step]).run(7, timeout=3))
-        assert (error.stage_name, error.attempts) == ("fallback/pipeline/stubborn", 1)
+        step = fallback(Stage("flaky", fail, retries=4), stubborn)
+        error = await failure(Pipeline([step, same]).run(7, timeout=3))
+        assert (error.stage_name, error.attempts) == ("fallback", 1)
 
     async def test_it_runs_with_one_step_alone(self) -> None:
         assert await fallback(same).run(7) == 7
 
     def test_misuse(self) -> None:
         with pytest.raises(TypeError, match=r"^on must hold subclasses of Exception, not 'OSError'$"):
-            fallback(same, on="OSError")  # type: ignore[arg-type]
+            fallback(same, on="OSError")  # type: ignore[call-overload]
         with pytest.raises(
             TypeError, match=r"^on must hold subclasses of Exception, not .*KeyboardInterrupt"
         ):
             fallback(same, on=(OSError, KeyboardInterrupt))  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"^a step of fallback must be a stage, .* not 5$"):
-            fallback(same, 5)  # type: ignore[arg-type]
+            fallback(same, 5)  # type: ignore[call-overload]
 
 
 @dataclass

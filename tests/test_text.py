@@ -151,6 +151,11 @@ class OwnStage(Stage[Any, Any]):
     pass
 
 
+class CallableStage(Stage[Any, Any]):
+    def __call__(self, value: Any) -> str:
+        return "called"
+
+
 class OwnPipeline(Pipeline[Any, Any]):
     pass
 
@@ -363,6 +368,10 @@ class TestWriting:
         assert steps[6].fields == ("id", "email")
         assert loaded.name == "all"
 
+    def test_a_step_may_have_the_name_of_what_is_not_supported(self) -> None:
+        loaded = again(one(parallel(unsupported=add_one)))
+        assert run_virtually(loaded.run(1)) == {"unsupported": 2}
+
     def test_the_context_is_passed_as_before(self) -> None:
         loaded = again(Pipeline([with_context, Stage("s", repeat, pass_context=True)]))
         context: Any = {}
@@ -419,6 +428,10 @@ class TestNamesOfCallables:
         assert json.loads(text)["pipeline"]["stages"] == [stage_of("it")]
         assert handler_of(Pipeline.loads(text, registry={"it": stage})) is no_name
 
+    def test_a_stage_that_can_be_called_stands_for_itself(self) -> None:
+        stage = CallableStage("s", add_one)
+        assert handler_of(again(one(Stage("outer", stage)), it=stage)) is stage
+
     def test_bound_methods_are_found_by_object_and_function(self) -> None:
         shop, items = Shop(), list[Any]()
         names = {"fetch": shop.fetch, "append": items.append}
@@ -445,6 +458,7 @@ class TestNamesOfCallables:
             (no_name, f"{HERE}:<lambda>"),
             (Shop().fetch, "bound method Shop.fetch"),
             ([].append, "bound method list.append"),
+            (Shop.__call__, f"({HERE}:Shop.__call__)"),
             (partial(len, ()), "partial of builtins:len"),
             (Shop(), "(Shop)"),
             ((1).__add__, "bound method int.__add__"),
@@ -467,6 +481,11 @@ class TestNamesOfCallables:
             assert f"({HERE}:" in refusal(one(Stage("s", handler)))
         assert f'"{HERE}:TestNamesOfCallables' in describe(one(local))
         assert handler_of(again(one(local), local=local)) is local
+
+    def test_an_object_that_has_a_strange_name_is_refused(self) -> None:
+        shop: Any = Shop()
+        shop.__qualname__ = 5
+        assert "(Shop)" in refusal(one(Stage("s", shop, pass_context=False)))
 
     def test_an_object_that_can_not_be_asked_is_refused(self) -> None:
         class Proxy(Shop):
@@ -573,7 +592,7 @@ class TestWhatIsRefused:
 
     def test_strings_of_other_kinds(self) -> None:
         assert "step 'a' can't be written: name (Name)" in refusal(one(Stage(Name("a"), add_one)))
-        assert "steps (Name)" in refusal(one(parallel({Name("a"): add_one})))
+        assert "steps (Name)" in refusal(one(parallel({Name("a"): Stage("a", add_one)})))
         assert "fields (Name)" in refusal(one(require(Name("a"))))
         assert "steps (str)" in refusal(one(parallel({"\ud83d\ude00": add_one})))
 
@@ -872,6 +891,8 @@ class TestArguments:
             ([add_one], "registry must be a mapping, not list; write registry="),
             ({1: add_one}, "the names in registry must be str, not 1"),
             ({"f": 1}, r"registry\['f'\] must be a callable or a step, not 1"),
+            ({"f": types.SimpleNamespace(name="f", run=5)}, "must be a callable or a step"),
+            ({"f": types.SimpleNamespace(run=add_one)}, "must be a callable or a step"),
         ]:
             wrong: Any = registry
             with pytest.raises(TypeError, match=message):
@@ -906,7 +927,7 @@ class TestArguments:
 SHOP = """
 import os, subprocess
 from subprocess import run
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from async_pipeline import Stage
 
 LOADED.append(__name__)
@@ -926,6 +947,8 @@ class Job:
     class Proxy:
         __class__ = property(lambda self: LOADED.append("__class__"))
     fake = Proxy()
+    @lru_cache
+    def cached(self): pass
     lazy = property(lambda self: LOADED.append("property ran"))
 class Child(Job): pass
 class Meta(type):
@@ -940,6 +963,8 @@ class Fake:
 fake = Fake()
 liar = Liar()
 alias = fetch
+def __private(value): return value
+def trailing__(value): return value
 own_call = partial(subprocess.call, shell=True)
 stage = Stage("x", subprocess.call)
 number = 5
@@ -979,7 +1004,16 @@ class TestWhatATextCanReach:
         assert not loaded
 
     @pytest.mark.parametrize(
-        "name", ["shop:fetch", "shop.jobs:fetch", "shop:Job", "shop:Job.work", "shop:Job.fixed"]
+        "name",
+        [
+            "shop:fetch",
+            "shop.jobs:fetch",
+            "shop:Job",
+            "shop:Job.work",
+            "shop:Job.fixed",
+            "shop:__private",
+            "shop:trailing__",
+        ],
     )
     def test_what_is_defined_in_an_allowed_module(self, loaded: list[str], name: str) -> None:
         module, _, qualname = name.partition(":")
@@ -1036,6 +1070,7 @@ class TestWhatATextCanReach:
             "shop:fake",
             "shop:fake.anything",
             "shop:Job.fake",
+            "shop:Job.cached",
             "shop:fetch.real",
             "shop:Stage",
             "shop:wraps",
@@ -1105,7 +1140,9 @@ class TestWhatATextCanReach:
         loaded: Any = Pipeline.loads(text, registry={"f": add_one}).stages[0]
         assert loaded.retry_on == (OSError, StageTimeoutError, PipelineError)
 
-    @pytest.mark.parametrize("name", ["builtins:exit", "builtins:len", "builtins:IOError", "shop:Odd"])
+    @pytest.mark.parametrize(
+        "name", ["builtins:exit", "builtins:len", "builtins:int", "builtins:IOError", "shop:Odd"]
+    )
     def test_nothing_else_as_an_exception(self, loaded: list[str], name: str) -> None:
         for retry_on in (name, [name]):
             with pytest.raises(ValueError, match=r"retry_on.*neither registered nor allowed"):

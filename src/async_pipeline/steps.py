@@ -50,7 +50,9 @@ _B = TypeVar("_B")
 _Async = Callable[[_A], Awaitable[_B]] | Callable[[_A, Any], Awaitable[_B]]
 _Sync = Callable[[_A], Awaitable[_B] | _B] | Callable[[_A, Any], Awaitable[_B] | _B]
 _Any = Step[_A, _B] | _Sync[_A, _B]
+_Predicate = Step[_A, Any] | Callable[[_A], Any] | Callable[[_A, Any], Any]
 _Elements = Iterable[_A] | AsyncIterable[_A]
+_Errors = type[Exception] | tuple[type[Exception], ...]
 
 
 class _Inner:
@@ -279,7 +281,6 @@ class _Branches:
         self._tasks: list[asyncio.Task[None]] = []
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._has_ended = False  # one of them, without a result
-        self._is_stopping = False
         self._is_cancelled = False  # from outside; the TaskGroup cancels all then
 
     async def run(self, value: Any, context: Any, state: RunState | None) -> dict[str, Any]:
@@ -323,7 +324,7 @@ class _Branches:
         except asyncio.CancelledError as error:
             if self._is_cancelled:
                 self._ends.cancelled.append(inner.where(error))
-            elif not self._is_stopping:
+            else:
                 self._end(inner, error)
         except BaseException as error:
             self._end(inner, error)
@@ -337,7 +338,6 @@ class _Branches:
 
     def _cancel(self) -> None:
         if not self._is_cancelled:  # a second cancellation would interrupt who cleans up after the first
-            self._is_stopping = True
             for task in self._tasks:
                 task.cancel()
 
@@ -667,11 +667,19 @@ def _case(case: Any) -> tuple[Step[Any, Any], Step[Any, Any]]:
     return _inner_step("a case's predicate", case[0]), _inner_step("a case's step", case[1])
 
 
+@overload
 def branch(
-    *cases: tuple[Step[_A, Any] | Callable[[_A], Any] | Callable[[_A, Any], Any], _Any[_A, _B]],
+    *cases: tuple[_Predicate[_A], Step[_A, _B] | _Async[_A, _B]],
+    otherwise: Step[_A, _B] | _Async[_A, _B] | None = None,
+    name: str = "branch",
+) -> Branch[_A, _B]: ...
+@overload
+def branch(
+    *cases: tuple[_Predicate[_A], _Any[_A, _B]],
     otherwise: _Any[_A, _B] | None = None,
     name: str = "branch",
-) -> Branch[_A, _B]:
+) -> Branch[_A, _B]: ...
+def branch(*cases: Any, otherwise: Any = None, name: str = "branch") -> Branch[Any, Any]:
     """Make a step that is one of several: the first whose predicate holds for the input.
 
     >>> branch((is_image, resize), (is_video, transcode), otherwise=copy)
@@ -705,7 +713,7 @@ class Fallback(_Composite[In, Out]):
     def __init__(self, steps: Sequence[Any], on: Any, name: str) -> None:
         super().__init__(name)
         check_kinds("on", on, Exception)
-        self.on: type[Exception] | tuple[type[Exception], ...] = on
+        self.on: _Errors = on
         self.steps: tuple[Step[Any, Any], ...] = tuple(_inner_step("a step of fallback", s) for s in steps)
         self._inner = tuple(_Inner(name, step) for step in self.steps)
 
@@ -753,12 +761,20 @@ def _is_caught(error: BaseException, kinds: Any) -> bool:
     return matches(original, kinds)
 
 
+@overload
 def fallback(
-    step: _Any[_A, _B],
-    *alternatives: _Any[_A, _B],
-    on: type[Exception] | tuple[type[Exception], ...] = Exception,
+    step: Step[_A, _B] | _Async[_A, _B],
+    *alternatives: Step[_A, _B] | _Async[_A, _B],
+    on: _Errors = Exception,
     name: str = "fallback",
-) -> Fallback[_A, _B]:
+) -> Fallback[_A, _B]: ...
+@overload
+def fallback(
+    step: _Any[_A, _B], *alternatives: _Any[_A, _B], on: _Errors = Exception, name: str = "fallback"
+) -> Fallback[_A, _B]: ...
+def fallback(
+    step: Any, *alternatives: Any, on: _Errors = Exception, name: str = "fallback"
+) -> Fallback[Any, Any]:
     """Make a step that tries another one with the same input when one has failed for good.
 
     >>> fallback(ask_primary, ask_replica, use_default, on=(OSError, TimeoutError))

@@ -65,6 +65,9 @@ def to_url_with(number: int, context: Any) -> str:
     return f"{context}/{number}"
 
 
+async def send(number: int) -> None: ...
+
+
 def load(number: int) -> dict[str, Any]:
     return {"number": number}
 
@@ -198,7 +201,11 @@ def test_branch() -> None:
     assert_type(numbers | each(branch((is_big, to_url))) | each(fetch), Pipeline[str, list[bytes]])
     chosen = branch((is_big, to_url))
     fetch | chosen  # type: ignore[operator]
-    branch(is_big, to_url)  # type: ignore[arg-type]
+    assert_type(branch((is_big, to_url_later)), Branch[int, str])
+    assert_type(branch((is_big, to_url_later), (is_big_later, to_url)), Branch[int, str])
+    assert_type(branch((Stage("is_big", is_big), send), otherwise=send), Branch[int, None])
+    assert_type(branch((lambda number: number > 9, to_url_later), otherwise=str), Branch[int, str])
+    branch(is_big, to_url)  # type: ignore[call-overload]
     branch((is_big, 5))  # type: ignore[arg-type]
 
 
@@ -208,7 +215,10 @@ def test_fallback() -> None:
     assert_type(fallback(to_url, to_url, on=(OSError, ValueError), name="url"), Fallback[int, str])
     url = fallback(to_url)
     fetch | url  # type: ignore[operator]
-    fallback(to_url, on="OSError")  # type: ignore[arg-type]
+    assert_type(fallback(to_url_later, to_url_later), Fallback[int, str])
+    assert_type(fallback(send), Fallback[int, None])
+    assert_type(fallback(to_url_later, lambda number: "/"), Fallback[int, str])
+    fallback(to_url, on="OSError")  # type: ignore[call-overload]
 
 
 def test_require() -> None:
