@@ -292,7 +292,7 @@ def _write_name(writer: _Writer, thing: Any) -> str:
     module, qualname = _own_name(thing)
     name = f"{module}:{qualname}"
     found = _as_callable(_find(sys.modules.get(module), qualname))
-    if found is None or _identity(found) != _identity(thing):
+    if _identity(found) != _identity(thing):
         why = f"can't be imported by name; define it at the top of a module, or {_naming(thing)}"
         raise _UnwritableError(_label(thing), why, name if "<" in qualname else None)
     if name in writer.registry:
