@@ -482,6 +482,10 @@ class TestNamesOfCallables:
         assert f'"{HERE}:TestNamesOfCallables' in describe(one(local))
         assert handler_of(again(one(local), local=local)) is local
 
+    def test_the_hint_names_what_can_be_named(self) -> None:
+        assert "name it: dumps(registry={'fetch': ...})" in refusal(one(Shop().fetch))
+        assert "name it: dumps(registry={'name': ...})" in refusal(one(no_name))
+
     def test_an_object_that_has_a_strange_name_is_refused(self) -> None:
         shop: Any = Shop()
         shop.__qualname__ = 5
