@@ -1302,6 +1302,8 @@ class TestFallback:
     def test_misuse(self) -> None:
         with pytest.raises(TypeError, match=r"^on must hold subclasses of Exception, not 'OSError'$"):
             fallback(same, on="OSError")  # type: ignore[call-overload]
+        with pytest.raises(TypeError, match=r"^on must be an exception type or a tuple of them, not .*write"):
+            fallback(same, on=[OSError])  # type: ignore[call-overload]
         with pytest.raises(
             TypeError, match=r"^on must hold subclasses of Exception, not .*KeyboardInterrupt"
         ):

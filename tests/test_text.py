@@ -10,6 +10,7 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -368,6 +369,10 @@ class TestWriting:
         assert steps[6].fields == ("id", "email")
         assert loaded.name == "all"
 
+    def test_a_script_is_not_suggested_for_import(self) -> None:
+        said = complaint(text_of(stage_of("__main__:f")))
+        assert said.endswith("is neither registered nor allowed; write registry={'__main__:f': ...}")
+
     def test_a_step_may_have_the_name_of_what_is_not_supported(self) -> None:
         loaded = again(one(parallel(unsupported=add_one)))
         assert run_virtually(loaded.run(1)) == {"unsupported": 2}
@@ -633,6 +638,16 @@ class TestWhatIsRefused:
             (Pipeline([parallel(x=bad)], name="in"), "in/parallel/x"),
         ]:
             assert refusal(one(step)).startswith(f"step {path!r} can't be written: handler (")
+
+    def test_long_names_of_fields_take_no_memory_for_each_place(self) -> None:
+        text = json.dumps({"k" * 20_000: [0] * 20_000})
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match="no version"):
+                Pipeline.loads(text)
+            assert tracemalloc.get_traced_memory()[1] < 50_000_000
+        finally:
+            tracemalloc.stop()
 
     def test_steps_nested_too_deep(self) -> None:
         def nested(levels: int) -> "Pipeline[Any, Any]":
@@ -976,6 +991,14 @@ def __getattr__(name): LOADED.append(name); return fetch
 """
 
 
+BROKEN = {
+    "broken": "import does_not_exist",
+    "script": "raise SystemExit(3)",
+    "wrong": "def",
+    "failing": "1 / 0",
+}
+
+
 @pytest.fixture
 def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Modules of a shop that can be imported, and the list of what has been run in them."""
@@ -986,7 +1009,8 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
     (tmp_path / "shop").mkdir()
     for path in ("shop/__init__", "shop/jobs", "shop/__main__", "shopping", "evil"):
         (tmp_path / f"{path}.py").write_text(SHOP)
-    (tmp_path / "shop" / "broken.py").write_text("import does_not_exist")
+    for name, source in BROKEN.items():
+        (tmp_path / "shop" / f"{name}.py").write_text(source)
     yield names
     for name in set(sys.modules) - before:
         if name.startswith(("shop", "evil")):
@@ -1126,13 +1150,15 @@ class TestWhatATextCanReach:
             load_handler("shop.odd:fetch", "shop")
 
     def test_an_allowed_module_that_can_not_be_imported(self, loaded: list[str]) -> None:
-        for module in ("shop.missing", "shop.broken"):
+        for module in ("shop.missing", *(f"shop.{name}" for name in BROKEN)):
             with pytest.raises(
                 ImportError, match=r"pipeline\.stages\[0\]\.handler: 'shop\..*' can't be imp"
             ) as failed:
                 load_handler(f"{module}:fetch", "shop")
             assert failed.value.name == module
-            assert isinstance(failed.value.__cause__, ImportError)
+            kinds = (ImportError, SystemExit, SyntaxError, ZeroDivisionError)
+            assert isinstance(failed.value.__cause__, kinds)
+            assert type(failed.value.__cause__).__name__ in str(failed.value)
 
     def test_exceptions_of_python_and_of_the_library_by_name(self) -> None:
         names = [

@@ -412,7 +412,8 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         """Build a pipeline from the text that :meth:`dumps` has written.
 
         Text that may import can run anything, so by default it gets no handlers but those of the registry.
-        Exceptions of Python's own may always be named.
+        These it may call with arguments of its own choice, through ``partial``. Exceptions of Python's own
+        may always be named.
 
         >>> Pipeline.loads(text, registry={"shop:fetch": fetch, "shop:save": save})
         >>> Pipeline.loads(text, allow_import=["shop"])
@@ -420,14 +421,16 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         Args:
             text: what ``dumps`` returned.
             registry: the handlers that the text may name, by name: ``module:qualname``, or what ``dumps``
-                was told. A :class:`Stage` stands for its handler, so that what ``@staged`` made can be given.
+                was told; exception types, too. A :class:`Stage` stands for its handler, so that what
+                ``@staged`` made can be given.
             allow_import: the modules, with all below them, from which handlers may be imported by their
-                ``module:qualname``; only what is defined there, not what is imported there.
+                ``module:qualname``: functions and classes that are defined there, not what is imported there.
+                To import a module is to run it.
 
         Raises:
             ValueError: the text is no JSON, of another version, has unknown fields or wrong values, or names
                 what is neither registered nor allowed. The message says where in the text.
-            ImportError: an allowed module can't be imported.
+            ImportError: an allowed module can't be imported, whatever its code has raised.
         """
         from .text import loads
 

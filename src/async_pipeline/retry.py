@@ -219,6 +219,10 @@ def check_retry_on(retry_on: object) -> None:
 
 def check_kinds(parameter: str, kinds: object, base: type[BaseException] = BaseException) -> None:
     """Raise for anything that is neither a type of exception, derived from ``base``, nor a tuple of them."""
+    if isinstance(kinds, (list, set, frozenset)):
+        raise TypeError(
+            f"{parameter} must be an exception type or a tuple of them, not {kinds!r}; write (...)"
+        )
     for kind in kinds if isinstance(kinds, tuple) else (kinds,):
         if not (isinstance(kind, type) and issubclass(kind, base)):
             what = "exception types" if base is BaseException else f"subclasses of {base.__name__}"

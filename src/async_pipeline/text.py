@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from importlib import import_module
 from types import (
     BuiltinFunctionType,
@@ -81,7 +81,7 @@ def loads(
     Raises:
         TypeError: an argument is of the wrong type; bytes have to be decoded first.
         ValueError: the text is wrong; the message says where.
-        ImportError: an allowed module can't be imported. What else its code raises leaves as it is.
+        ImportError: an allowed module can't be imported, whatever its code has raised.
     """
     reader = _Reader(_checked_registry(registry), _checked_modules(allow_import))
     document = _checked_document(_parsed(text))
@@ -222,12 +222,12 @@ def _is_same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-_LATER = "can't be written; leave it out, and set it in the loaded pipeline with stage.replace(...)"
+_LATER = "put the stage into a Pipeline, and give that one a name in the registry"
 _WHY = {
-    "concurrency": "is shared by what is not in the text; write a number",
+    "concurrency": "is shared with what is not in the text; write a number",
     "executor": 'is made by the program; write executor="thread"',
-    "limiter": f"is shared by what is not in the text; {_LATER}",
-    "retry_budget": f"is shared by what is not in the text; {_LATER}",
+    "limiter": f"is shared with what is not in the text; {_LATER}",
+    "retry_budget": f"is shared with what is not in the text; {_LATER}",
 }
 
 
@@ -244,7 +244,7 @@ def _read_plain(reader: _Reader, data: Any) -> Any:
 
 
 def _read_never(reader: _Reader, data: Any) -> Any:
-    raise reader.error("can't be given in a text; set it in the loaded pipeline with stage.replace(...)")
+    raise reader.error(f"can't be given in a text; {_LATER}")
 
 
 _PLAIN = _Codec(_write_plain, _read_plain)
@@ -370,18 +370,25 @@ def _read_import(reader: _Reader, name: str) -> Any:
         raise reader.error(f"{name!r} is not in the registry, and no module:qualname that can be imported")
     if not _is_allowed(module, reader.modules):
         raise reader.error(
-            f"{name!r} is neither registered nor allowed; write registry={{{name!r}: ...}}, "
-            f"or allow_import=[{module!r}] if you trust the text"
+            f"{name!r} is neither registered nor allowed; write registry={{{name!r}: ...}}"
+            + _or_allow(module)
         )
     try:
         found = _as_callable(_find(import_module(module), qualname))
-    except ImportError as error:
-        raise ImportError(f"{reader.where}: {module!r} can't be imported: {error}", name=module) from error
+    except (Exception, SystemExit) as error:  # the text has chosen the module: it may be a script
+        why = f"{type(error).__name__}: {error}"
+        raise ImportError(f"{reader.where}: {module!r} can't be imported: {why}", name=module) from error
     if found is None or _own_name(found) != (module, qualname) or not callable(found):
         raise reader.error(
             f"{name!r} is not defined there as a function or a class; register it by this name"
         )
     return found
+
+
+def _or_allow(module: str) -> str:
+    if module == "__main__":  # of the program that wrote the text, and hardly of this one
+        return ""
+    return f", or allow_import=[{module!r}] if you trust the text"
 
 
 def _is_module_name(module: str) -> bool:
@@ -622,15 +629,23 @@ def _checked_document(document: Any) -> Any:
 
 
 def _check_repeated(document: Any) -> None:
-    waiting = [("", document)]
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), document)]
     while waiting:
-        where, data = waiting.pop()
+        trail, data = waiting.pop()  # a chain: to write out each place would take memory without bound
         if isinstance(data, _Repeated):
             name = max(data, key=lambda name: data[name])
-            raise ValueError(f"{where or 'the text'}: the field {name!r} is there more than once")
+            raise ValueError(f"{_trail(trail) or 'the text'}: the field {name!r} is there more than once")
         if isinstance(data, (dict, list)):
             inner = data.items() if isinstance(data, dict) else enumerate(data)
-            waiting += [(_place(where, key), value) for key, value in inner]
+            waiting += [((trail, key), value) for key, value in inner]
+
+
+def _trail(trail: tuple[Any, ...]) -> str:
+    keys = []
+    while trail:
+        trail, key = trail
+        keys.append(key)
+    return reduce(_place, reversed(keys), "")
 
 
 def _check_fields(

@@ -229,6 +229,20 @@ def test_require() -> None:
     require(1)  # type: ignore[arg-type]
 
 
+def longest(lines: list[str]) -> str:
+    return max(lines, key=len)
+
+
+def test_the_example_of_the_readme() -> None:
+    unknown = Stage("unknown", lambda city: f"{city}: no idea")
+    lines = Stage("split", str.split) | each(fallback(look_up, unknown), concurrency=20)
+    assert_type(lines | parallel(longest=longest, total=len), Pipeline[str, dict[str, Any]])
+
+
+async def look_up(city: str) -> str:
+    return city
+
+
 def test_more_arguments() -> None:
     assert_type(halve | Stage("round", partial(round, ndigits=2)) | int, Pipeline[int, int])
     assert_type(
