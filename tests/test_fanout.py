@@ -564,6 +564,21 @@ class TestOtherBaseExceptions:
             await call(pipeline_of(suspend), Source(generate()) if is_async else generate(), 2)
 
     @both
+    @pytest.mark.virtual
+    async def test_no_cancellation_hides_them(self, call: Any) -> None:
+        async def handler(value: int) -> None:
+            try:
+                await asyncio.sleep(10)
+            finally:
+                raise Alarm if value == 1 else ValueError
+
+        task = asyncio.create_task(call(pipeline_of(handler), range(3), 3))
+        await asyncio.sleep(1)
+        task.cancel()
+        with pytest.raises(Alarm):
+            await task
+
+    @both
     async def test_the_first_of_several_is_raised(self, call: Any) -> None:
         async def handler(value: int) -> None:
             if value == 0:

@@ -21,6 +21,7 @@ from async_pipeline.types import (
     Middleware,
     Step,
     is_awaitable,
+    structure_of,
 )
 
 
@@ -130,6 +131,13 @@ def test_the_aliases_can_be_used_at_run_time() -> None:
     assert isinstance(ContextT, TypeVar)
     assert ContextT.__bound__ is object
     assert Step[int, str] is not None
+
+
+def test_the_structure_of_steps() -> None:
+    inner: Stage[int, int] = Stage("abs", abs, retries=2)
+    assert structure_of(inner) == ("stage", {"retries": 2}, ())
+    assert structure_of(Pipeline([inner])) == ("pipeline", {}, [("stage", "abs", inner)])
+    assert structure_of(Mock()) == structure_of(object()) == ("step", {}, ())
 
 
 def test_stages_pipelines_and_objects_with_name_and_run_are_steps() -> None:

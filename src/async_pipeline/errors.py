@@ -349,8 +349,8 @@ def cancelled_in(error: CancelledError) -> tuple[str, int] | None:
     return where
 
 
-def mark_within(error: CancelledError, outer: str, rename: Callable[[str], str] = str) -> None:
+def mark_within(error: CancelledError, outer: str) -> None:
     """Let the mark of a cancellation, if it has one, name the stage as part of ``outer``."""
     path, attempts = cancelled_in(error) or ("", 1)
     if path:
-        mark_cancelled(error, f"{outer}/{rename(path)}", attempts)
+        mark_cancelled(error, f"{outer}/{path}", attempts)

@@ -122,9 +122,8 @@ def _is_step(step: object) -> bool:
 
 
 def _may_be_step(step: object) -> bool:
-    return (
-        _is_step(step) or callable(step) or isinstance(step, Coroutine)
-    )  # a Stage says why the last is none
+    # a coroutine is none, but a Stage says why
+    return _is_step(step) or callable(step) or isinstance(step, Coroutine)
 
 
 def as_step(step: Any, message: str, name: str | None = None) -> Step[Any, Any]:
