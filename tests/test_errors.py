@@ -16,6 +16,7 @@ from async_pipeline.errors import (
     DeadlineExceeded,
     DeadlockError,
     Finish,
+    MissingFieldsError,
     PipelineError,
     StageExecutionError,
     StageTimeoutError,
@@ -228,6 +229,19 @@ class TestCircuitOpenError:
         twin = duplicate(CircuitOpenError("fetch", 12.5))
         assert type(twin) is CircuitOpenError
         assert (twin.stage_name, twin.retry_after) == ("fetch", 12.5)
+
+
+class TestMissingFieldsError:
+    def test_lists_all(self) -> None:
+        error = MissingFieldsError(["id", "e-mail"])
+        assert error.fields == ("id", "e-mail")
+        assert str(error) == "missing 'id', 'e-mail'"
+
+    @duplicated
+    def test_survives(self, duplicate: Callable[[Any], Any]) -> None:
+        twin = duplicate(MissingFieldsError(["id", "e-mail"]))
+        assert type(twin) is MissingFieldsError
+        assert (twin.fields, str(twin)) == (("id", "e-mail"), "missing 'id', 'e-mail'")
 
 
 class TestFinish:

@@ -211,6 +211,18 @@ class TestFailure:
             with pytest.raises(asyncio.CancelledError):
                 await Pipeline([cancelled], **hooks).run(1)
 
+    async def test_a_cancellation_in_a_pipeline_with_a_run_of_its_own_is_that_pipelines(self) -> None:
+        class Own(Pipeline[Any, Any]):
+            async def run(self, initial_value: Any, **options: Any) -> Any:
+                future = asyncio.get_running_loop().create_future()
+                future.cancel()
+                await future
+
+        pipeline = Pipeline([Pipeline([Own([abs], name="own")], name="outer")])
+        (error,) = await pipeline.map([7], return_exceptions=True)
+        assert isinstance(error, StageExecutionError)
+        assert error.stage_name == "outer/own"
+
     @pytest.mark.virtual
     async def test_a_stage_with_a_timeout_names_its_timeout(self) -> None:
         pipeline: Pipeline[int, None] = Pipeline([Stage("slow", wait_for_ever, timeout=2)])
