@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from async_pipeline import BatchError, Outcome, Pipeline, StageExecutionError
+from async_pipeline import BatchError, Finish, Outcome, Pipeline, StageExecutionError
 from async_pipeline.fanout import Stream
 from tests.helpers import Meter, Source, run_virtually
 
@@ -576,6 +576,21 @@ class TestOtherBaseExceptions:
         await asyncio.sleep(1)
         task.cancel()
         with pytest.raises(Alarm):
+            await task
+
+    @pytest.mark.virtual
+    async def test_a_finish_of_a_source_does_not_hide_a_cancellation(self) -> None:
+        async def source() -> AsyncIterator[int]:
+            try:
+                yield 1
+                await asyncio.sleep(100)
+            finally:
+                raise Finish(7)
+
+        task = asyncio.create_task(pipeline_of(suspend).map(source()))
+        await asyncio.sleep(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
             await task
 
     @both

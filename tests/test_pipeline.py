@@ -25,6 +25,7 @@ from async_pipeline import (
     StageExecutionError,
     StageTimeoutError,
 )
+from async_pipeline.errors import mark_cancelled
 from async_pipeline.middlewares import CircuitBreakerMiddleware, RetryMiddleware
 from tests.helpers import run_virtually
 
@@ -210,6 +211,29 @@ class TestFailure:
         for hooks in HOOKS:
             with pytest.raises(asyncio.CancelledError):
                 await Pipeline([cancelled], **hooks).run(1)
+
+    async def test_a_cancellation_is_named_by_the_step_that_it_left(self) -> None:
+        async def cancelled(value: Any) -> None:
+            future = asyncio.get_running_loop().create_future()
+            future.cancel()
+            await future
+
+        class Asking:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            async def run(self, value: Any, *, context: Any = None) -> Any:
+                return await Stage("fetch", cancelled, retries=3).run(value)
+
+        async def ask(value: Any) -> Any:
+            error = asyncio.CancelledError()
+            mark_cancelled(error, "ask", 3)  # of another stage of that name, elsewhere
+            raise error
+
+        for step, name in (Asking("fet"), "fet"), (Asking("other"), "other"), (ask, "ask"):
+            (failure,) = await Pipeline([step]).map([7], return_exceptions=True)
+            assert isinstance(failure, StageExecutionError)
+            assert (failure.stage_name, failure.attempts) == (name, 1)
 
     async def test_a_cancellation_in_a_pipeline_with_a_run_of_its_own_is_that_pipelines(self) -> None:
         class Own(Pipeline[Any, Any]):
@@ -481,6 +505,38 @@ async def test_a_hook_that_fails_after_a_cancellation_of_something_else(
 
 
 class TestMiddlewares:
+    async def test_a_finish_of_a_task_group_reaches_it_as_a_finish(self) -> None:
+        seen = []
+
+        async def finish_in_group(value: Any) -> None:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(raise_finish(value))
+
+        async def raise_finish(value: Any) -> None:
+            raise Finish(value)
+
+        async def remember(next_stage: Any, name: str, value: Any, context: Any) -> Any:
+            try:
+                return await next_stage(value)
+            except BaseException as ended:
+                seen.append(type(ended))
+                raise
+
+        for stage in Stage("x", finish_in_group), Stage("x", finish_in_group, retries=1):
+            assert await Pipeline([stage], middlewares=[remember]).run(7) == 7
+        assert seen == [Finish, Finish]
+
+    async def test_a_class_with_a_name_and_a_run_is_a_callable(self) -> None:
+        class Step:
+            name = "step"
+
+            def __init__(self, value: Any) -> None:
+                self.value = value
+
+            async def run(self, value: Any, *, context: Any = None) -> Any: ...
+
+        assert (await Pipeline([Step]).run(7)).value == 7
+
     async def test_the_first_in_the_list_is_outermost(self) -> None:
         log = Log()
         pipeline: Pipeline[int, int] = Pipeline(
@@ -727,6 +783,15 @@ class TestTimeout:
             return value
 
         assert await exceeded(Pipeline([swallow, never]), 3) == ("swallow", 1, 3)
+
+    async def test_counts_the_attempts_of_a_nested_stage(self) -> None:
+        async def slow(value: Any) -> None:
+            await asyncio.sleep(100)
+
+        pipeline = Pipeline([Pipeline([Stage("slow", slow, timeout=2, retries=5)], name="inner")])
+        with pytest.raises(StageExecutionError) as caught:
+            await pipeline.run(1, timeout=5)
+        assert (caught.value.stage_name, caught.value.attempts) == ("inner/slow", 3)
 
     async def test_names_a_nested_stage_by_its_path(self) -> None:
         inner = Pipeline([Sleep(1), Stage("slow", Sleep(60), retries=1)], name="inner")

@@ -7,6 +7,7 @@ import copy
 import pickle
 import sqlite3
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -269,6 +270,15 @@ class TestEverySteps:
         assert (error.stage_name, error.attempts) == (f"{step.name}/x", 3)
 
     @pytest.mark.virtual
+    async def test_attempts_that_a_handler_made_elsewhere_do_not_count(self, wrap: Any, lift: Any) -> None:
+        async def ask(value: Any) -> Any:
+            return await Stage("x", forever, timeout=2, retries=5).run(value)
+
+        step = wrap(Stage("x", ask))
+        error = await failure(Pipeline([step]).run(lift(7), timeout=5))
+        assert (error.stage_name, error.attempts) == (f"{step.name}/x", 1)
+
+    @pytest.mark.virtual
     async def test_nothing_inside_begins_after_the_deadline(self, wrap: Any, lift: Any) -> None:
         calls = []
 
@@ -305,6 +315,30 @@ class TestEverySteps:
 
         await wrap(Loud([LoudStage("x", same)])).run(lift(7))
         assert seen == ["pipeline", "stage"]
+
+    async def test_a_limiter_of_a_stage_is_used(self, wrap: Any, lift: Any) -> None:
+        entered = []
+
+        class Limiter:
+            async def __aenter__(self) -> None:
+                entered.append("limiter")
+
+            async def __aexit__(self, *error: object) -> None: ...
+
+        await wrap(Stage("x", same, limiter=Limiter())).run(lift(7))
+        assert entered == ["limiter"]
+
+    @pytest.mark.threads
+    async def test_an_executor_of_a_stage_is_used(self, wrap: Any, lift: Any) -> None:
+        threads = []
+
+        def work(value: Any) -> Any:
+            threads.append(threading.get_ident())
+            return value
+
+        await wrap(Stage("x", work, executor="thread")).run(lift(7))
+        assert threads
+        assert threads != [threading.get_ident()]
 
     async def test_outer_hooks_and_middlewares_see_one_stage(self, wrap: Any, lift: Any) -> None:
         seen = []
@@ -833,8 +867,8 @@ class TestEach:
 
     async def test_elements_in_elements(self) -> None:
         pipeline = Pipeline([each(each(Stage("work", lambda value: 1 / value)))])
-        error = await failure(pipeline.run([[1], [], [1, 1, 0]]))
-        assert (error.stage_name, error.element) == ("each/each/work", (2, 2))
+        error = await failure(pipeline.run([[1], [], [1, 0, 1]]))
+        assert (error.stage_name, error.element) == ("each/each/work", (2, 1))
         assert await pipeline.run([[1], [2, 4]]) == [[1], [0.5, 0.25]]
 
     @pytest.mark.virtual

@@ -646,8 +646,7 @@ class RunState:
         """Return the state for another task of the same run."""
         state = object.__new__(RunState)
         state._clock, state._started, state._scope = self._clock, self._started, self._scope
-        state.timeout = self.timeout
-        state._requests = cancel_requests()
+        state.timeout, state._requests = self.timeout, self._requests
         state.attempts = 1
         return state
 
