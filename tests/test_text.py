@@ -50,13 +50,18 @@ settings.load_profile("default")
 HERE = __name__
 
 
+def small(value: Any) -> Any:
+    """The value, unless a random pipeline has multiplied it too often."""
+    return value if len(repr(value)) < 1000 else "much"
+
+
 def add_one(value: Any) -> Any:
     return value + 1
 
 
 async def double(value: Any) -> Any:
     await asyncio.sleep(1)
-    return value * 2
+    return small(value * 2)
 
 
 async def with_context(value: Any, context: Any) -> Any:
@@ -65,7 +70,7 @@ async def with_context(value: Any, context: Any) -> Any:
 
 
 def repeat(value: Any, reps: int = 2) -> list[Any]:
-    return [value] * reps
+    return small([value] * min(reps, 4))  # type: ignore[no-any-return]
 
 
 def anything(*args: Any, **keywords: Any) -> Any:
@@ -97,7 +102,7 @@ def after(stage_name: str, value: Any, output: Any, error: Any) -> None:
 
 
 async def times_ten(next_stage: Any, stage_name: str, value: Any, context: Any) -> Any:
-    return await next_stage(value) * 10
+    return small(await next_stage(value) * 10)
 
 
 @staged(timeout=2.0)
@@ -1206,7 +1211,7 @@ handlers = st.sampled_from(
         is_positive,
         fail,
         len,
-        str,
+        bool,
         no_name,
         cached,
         decorated.handler,
