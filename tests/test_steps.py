@@ -739,6 +739,7 @@ class TestParallel:
             await task
         assert calls == []
 
+    @pytest.mark.virtual  # uvloop and eager tasks do not go together on every Python
     @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python has eager tasks since 3.12")
     async def test_under_eager_tasks_all_begin_before_one_is_cancelled(self) -> None:
         asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009

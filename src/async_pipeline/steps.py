@@ -720,16 +720,17 @@ class Fallback(_Composite[In, Out]):
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
         requests = cancel_requests()
         earlier: list[StageExecutionError] = []
+        untried = [*self._inner]
         try:
-            for inner in self._inner:
+            while True:
                 if earlier and state is not None:
                     state.begin_stage()
                 try:
-                    return await inner.run(value, context, state)
+                    return await untried.pop(0).run(value, context, state)
                 except StageExecutionError as error:
                     # try: ... except asyncio.CancelledError: raise MyError - nothing is begun after that
                     is_over = (state is not None and state.is_over()) or was_cancelled(error, requests)
-                    if is_over or inner is self._inner[-1] or not _is_caught(error, self.on):
+                    if is_over or not untried or not _is_caught(error, self.on):
                         error.after(earlier, self.name)
                         raise
                     earlier.append(error)
