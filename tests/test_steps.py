@@ -80,6 +80,31 @@ def after(seconds: float, then: Callable[[Any], Any] = same) -> Callable[[Any], 
     return handler
 
 
+def closing(closed: list[float]) -> Callable[[Any], Coroutine[Any, Any, None]]:
+    """A handler that needs 2 seconds to clean up, and notes when it has."""
+
+    async def handler(value: Any) -> None:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            await asyncio.sleep(2)
+            closed.append(now())
+
+    return handler
+
+
+async def untidy(value: Any) -> None:
+    try:
+        await asyncio.sleep(100)
+    finally:
+        raise KeyError
+
+
+async def stubborn(value: Any) -> None:
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(100)
+
+
 async def failure(run: Awaitable[Any]) -> StageExecutionError:
     """The error of a run that must fail, which has the cause that it names."""
     with pytest.raises(StageExecutionError) as caught:
@@ -522,20 +547,8 @@ class TestParallel:
 
     @pytest.mark.virtual
     async def test_who_cleans_up_is_cancelled_once(self) -> None:
-        closed = []
-
-        async def tidy(value: Any) -> None:
-            try:
-                await asyncio.sleep(100)
-            finally:
-                await asyncio.sleep(2)
-                closed.append(now())
-
-        async def untidy(value: Any) -> None:
-            try:
-                await asyncio.sleep(100)
-            finally:
-                raise KeyError
+        closed: list[float] = []
+        tidy = closing(closed)
 
         task = asyncio.create_task(parallel(a=forever, b=tidy, c=tidy).run(7))
         await asyncio.sleep(1)
@@ -550,7 +563,7 @@ class TestParallel:
 
     @pytest.mark.virtual
     async def test_who_cleans_up_is_cancelled_once_after_a_handler_that_cancels_its_own_run(self) -> None:
-        closed = []
+        closed: list[float] = []
 
         def give_up(value: Any) -> Any:
             task = asyncio.current_task()
@@ -558,12 +571,7 @@ class TestParallel:
             task.cancel()
             return value
 
-        async def tidy(value: Any) -> None:
-            try:
-                await asyncio.sleep(100)
-            finally:
-                await asyncio.sleep(2)
-                closed.append(now())
+        tidy = closing(closed)
 
         task = asyncio.create_task(Pipeline([give_up, parallel(a=forever, b=tidy)]).run(7))
         with pytest.raises(asyncio.CancelledError):
@@ -572,20 +580,8 @@ class TestParallel:
 
     @pytest.mark.virtual
     async def test_who_cleans_up_is_cancelled_once_whatever_the_others_do(self) -> None:
-        closed = []
-
-        async def tidy(value: Any) -> None:
-            try:
-                await asyncio.sleep(100)
-            finally:
-                await asyncio.sleep(2)
-                closed.append(now())
-
-        async def untidy(value: Any) -> None:
-            try:
-                await asyncio.sleep(100)
-            finally:
-                raise KeyError
+        closed: list[float] = []
+        tidy = closing(closed)
 
         task = asyncio.create_task(parallel(a=untidy, b=tidy, c=untidy).run(7))
         await asyncio.sleep(1)
@@ -607,10 +603,6 @@ class TestParallel:
 
     @pytest.mark.virtual
     async def test_each_has_attempts_of_its_own(self) -> None:
-        async def stubborn(value: Any) -> None:
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(100)
-
         def often(value: Any) -> Any:
             raise OSError
 
@@ -624,14 +616,8 @@ class TestParallel:
 
     @pytest.mark.virtual
     async def test_a_failure_at_the_moment_of_a_cancellation_cancels_once(self) -> None:
-        closed = []
-
-        async def tidy(value: Any) -> None:
-            try:
-                await asyncio.sleep(100)
-            finally:
-                await asyncio.sleep(2)
-                closed.append(now())
+        closed: list[float] = []
+        tidy = closing(closed)
 
         task = asyncio.create_task(parallel(bad=after(1, fail), b=tidy).run(7))
         asyncio.get_running_loop().call_later(1, task.cancel)
@@ -1120,10 +1106,6 @@ class TestBranch:
                 raise answer
             return answer
 
-        async def stubborn(value: Any) -> None:
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(100)
-
         step = branch((Stage("flaky", flaky, retries=1), stubborn))
         error = await failure(Pipeline([step, same]).run(7, timeout=3))
         assert (error.stage_name, error.attempts) == ("branch", 1)
@@ -1323,10 +1305,6 @@ class TestFallback:
 
     @pytest.mark.virtual
     async def test_the_attempts_are_those_of_the_step_that_runs(self) -> None:
-        async def stubborn(value: Any) -> None:
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(100)
-
         step = fallback(Stage("flaky", fail, retries=4), stubborn)
         error = await failure(Pipeline([step, same]).run(7, timeout=3))
         assert (error.stage_name, error.attempts) == ("fallback", 1)

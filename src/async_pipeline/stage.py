@@ -52,6 +52,7 @@ __all__ = [
     "as_step",
     "call_of",
     "cancel_requests",
+    "is_step",
     "raise_cancellation",
     "staged",
     "was_cancelled",
@@ -116,14 +117,15 @@ def _join(before: Any, after: Any) -> Any:
     return Pipeline([*chain.from_iterable(flat)])
 
 
-def _is_step(step: object) -> bool:
-    is_step = isinstance(getattr(step, "name", None), str) and callable(getattr(step, "run", None))
-    return is_step and not isinstance(step, type)
+def is_step(step: object) -> bool:
+    """Tell whether it has what a pipeline needs of a step: a name, and a way to run it."""
+    has_both = isinstance(getattr(step, "name", None), str) and callable(getattr(step, "run", None))
+    return has_both and not isinstance(step, type)
 
 
 def _may_be_step(step: object) -> bool:
     # a coroutine is none, but a Stage says why
-    return _is_step(step) or callable(step) or isinstance(step, Coroutine)
+    return is_step(step) or callable(step) or isinstance(step, Coroutine)
 
 
 def as_step(step: Any, message: str, name: str | None = None) -> Step[Any, Any]:
@@ -132,7 +134,7 @@ def as_step(step: Any, message: str, name: str | None = None) -> Step[Any, Any]:
     Raises:
         TypeError: it is neither; ``message`` says what is expected.
     """
-    if _is_step(step):
+    if is_step(step):
         return cast("Step[Any, Any]", step)
     if _may_be_step(step):
         return Stage(callable_name(step) if name is None else name, step)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from . import errors
 from .pipeline import Pipeline
-from .stage import Stage, callable_name
+from .stage import Stage, callable_name, is_step
 from .steps import (
     Branch,
     Each,
@@ -512,7 +512,7 @@ def _read_registered(reader: _Reader, data: Any) -> Any:
     _check_fields(reader.where, data, "a step", ["kind", "step"])
     name = reader.at("step").expect(str, data["step"])
     step = reader.registry.get(name)
-    if not _is_step(step):
+    if not is_step(step):
         what = f"registry={{{name!r}: ...}} must be there and be a step, with name and run"
         raise reader.at("step").error(what)
     return step
@@ -660,11 +660,6 @@ def _check_fields(
             raise ValueError(f"{where}: the field {name!r} is missing")
 
 
-def _is_step(thing: Any) -> bool:
-    is_step = isinstance(getattr(thing, "name", None), str) and callable(getattr(thing, "run", None))
-    return is_step and not isinstance(thing, type)
-
-
 def _checked_registry(registry: Any) -> dict[str, Any]:
     if not (registry is None or isinstance(registry, Mapping)):
         given = type(registry).__name__
@@ -673,7 +668,7 @@ def _checked_registry(registry: Any) -> dict[str, Any]:
     for name, thing in checked.items():
         if not isinstance(name, str):
             raise TypeError(f"the names in registry must be str, not {name!r}")
-        if not (callable(thing) or _is_step(thing)):
+        if not (callable(thing) or is_step(thing)):
             raise TypeError(f"registry[{name!r}] must be a callable or a step, not {thing!r}")
     return checked
 
