@@ -739,6 +739,12 @@ def run_on(loop: Any, main: Any) -> None:
         runner.run(main)
 
 
+def without(calls: Counter[Any], ends: Sequence[End]) -> Counter[Any]:
+    """The calls but those at the very moment of an end, which the model takes for cancelled by it."""
+    moments = {end.time for end in ends}
+    return Counter({call: count for call, count in calls.items() if call[2] not in moments})
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @many
 @given(trees(), seeds, moments, ways)
@@ -755,7 +761,7 @@ def test_a_run_does_what_its_steps_say(loop: Any, tree: Row, seed: int, moment: 
         if how == "cancelled":
             asyncio.get_running_loop().call_at(moment, task.cancel)
         compare(await task, expected, model)
-        assert world.calls == Counter(model.calls)
+        assert without(world.calls, [expected]) == without(Counter(model.calls), [expected])
         world.check()
 
     run_on(loop, main())
@@ -786,7 +792,9 @@ def test_each_item_of_a_batch_does(loop: Any, tree: Row, seed: int, timeout: flo
         results = await pipeline.map(range(4), workers, timeout=timeout, return_exceptions=True)
         for index, (result, (end, model)) in enumerate(zip(results, expected, strict=True)):
             compare_item(result, index, end, model)
-        assert world.calls == sum((Counter(model.calls) for _, model in expected), Counter())
+        ends = [end for end, _ in expected]
+        modelled = sum((Counter(model.calls) for _, model in expected), Counter())
+        assert without(world.calls, ends) == without(modelled, ends)
         world.check()
 
     run_on(loop, main())
