@@ -16,6 +16,7 @@ from .errors import (
     StageExecutionError,
     StageTimeoutError,
 )
+from .events import Event, Observer
 from .outcome import Outcome
 from .pipeline import Pipeline
 from .retry import RetryBudget
@@ -31,9 +32,11 @@ __all__ = [
     "CircuitOpenError",
     "DeadlineExceeded",
     "DeadlockError",
+    "Event",
     "Finish",
     "Middleware",
     "MissingFieldsError",
+    "Observer",
     "Outcome",
     "Pipeline",
     "PipelineError",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from types import FunctionType, MethodType
 from typing import Any
 
-__all__ = ["copier", "get_entry", "set_entry", "wants_context"]
+__all__ = ["check_arguments", "copier", "get_entry", "set_entry", "wants_context"]
 
 _CONTEXT_NAMES = ("context", "ctx")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -86,6 +86,20 @@ def wants_context(function: Callable[..., Any], shape: str) -> bool:
         with_context = shape.replace(")", ", context)")
         raise TypeError(f"it must take {shape} or {with_context}, not {signature}: {error}") from None
     return wanted
+
+
+def check_arguments(function: Callable[..., Any], shape: str) -> None:
+    """Raise if ``function`` can't be called as ``shape`` says, as far as :func:`wants_context` can tell.
+
+    Raises:
+        TypeError: it takes fewer arguments, or demands more.
+    """
+    signature = _python_signature(function)
+    if signature is not None:
+        try:
+            signature.bind(*(None,) * (shape.count(",") + 1))
+        except TypeError as error:
+            raise TypeError(f"it must take {shape}, not {signature}: {error}") from None
 
 
 def _python_signature(function: Any) -> inspect.Signature | None:

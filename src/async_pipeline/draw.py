@@ -113,6 +113,8 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "before_stage": lambda hook: f"before_stage {_name_of(hook)}",
     "after_stage": lambda hook: f"after_stage {_name_of(hook)}",
     "middlewares": lambda middlewares: _counted(len(middlewares), "middleware", "middlewares"),
+    "observers": lambda observers: _counted(len(observers), "observer", "observers"),
+    "on_hook_error": lambda function: f"on_hook_error {_name_of(function)}",
 }
 
 

@@ -91,6 +91,10 @@ class StageExecutionError(PipelineError):
 
         return self._copy(f"{outer}/{rename(self.stage_name)}", (*element, *self.element), moved)
 
+    def is_of_item(self, index: int, item: object) -> bool:
+        """Tell whether it has this ``item_index`` and ``item`` already."""
+        return self.item_index == index and self.item is item
+
     def of_item(self, index: int, item: object) -> "StageExecutionError":
         """Return the error with the batch's ``item_index`` and ``item``; a copy if it had others already."""
         # one error raised for two items (kept by a middleware, say) must not name the second one twice

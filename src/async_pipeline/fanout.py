@@ -70,6 +70,11 @@ class FanOut(ABC):
         self._step = step
         run: Callable[..., Any] = step.run
         self._run = run if timeout is None else partial(run, timeout=timeout)
+        # of a pipeline that is watched: with the item's index
+        run_item: Callable[..., Any] | None = getattr(step, "_run_item", None)
+        self._run_numbered: Callable[..., Any] | None = (
+            None if run_item is None else partial(run_item, timeout=timeout)
+        )
         self._items = items
         self._semaphore = concurrency if isinstance(concurrency, asyncio.Semaphore) else None
         self._limit = math.inf if isinstance(concurrency, asyncio.Semaphore) else concurrency
@@ -213,6 +218,7 @@ class FanOut(ABC):
         # one coroutine with the item's run in it: a layer more is paid for at each suspension
         task = cast("asyncio.Task[None]", asyncio.current_task())
         run, make_context, clock, semaphore = self._run, self._make_context, self._clock, self._semaphore
+        run_numbered = self._run_numbered
         is_timed, variables, size = self._is_timed, self._variables, len(self._variables)
         self._starting = max(0, self._starting - 1)
         while (job := self._take()) is not None:
@@ -229,7 +235,10 @@ class FanOut(ABC):
             started = clock() if is_timed else 0.0
             try:
                 own = make_context()
-                value = await run(job[1], context=own)
+                if run_numbered is None:
+                    value = await run(job[1], context=own)
+                else:
+                    value = await run_numbered(job[1], own, job[0])
             except BaseException as error:
                 if self._stopping and isinstance(error, asyncio.CancelledError):
                     return  # our own; raised, it would hold this frame, that the task, and that the error
@@ -338,7 +347,7 @@ class FanOut(ABC):
             failure = error
         else:
             return self._die(error)
-        if isinstance(failure, StageExecutionError):
+        if isinstance(failure, StageExecutionError) and not failure.is_of_item(*job):
             failure = failure.of_item(*job)
         return self._settle(job, context, started, None, failure)
 

@@ -1,9 +1,10 @@
 """A pipeline: steps in a row, one context per run."""
 
 import asyncio
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
+from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, cast, overload
 
 from .errors import (
     Finish,
@@ -14,11 +15,37 @@ from .errors import (
     mark_cancelled,
     mark_within,
 )
-from .events import check_hook, fire, report
+from .events import (
+    EndEvent,
+    Event,
+    Observer,
+    OnHookError,
+    OutcomeName,
+    Watch,
+    check_callback,
+    check_hook,
+    check_observers,
+    fire,
+    new_run_id,
+    report,
+)
 from .fanout import Batch, Stream
 from .outcome import Outcome
-from .stage import Call, Joinable, RunState, Stage, as_step, call_of, raise_cancellation
+from .stage import (
+    Call,
+    Joinable,
+    RunState,
+    Stage,
+    WatchedStep,
+    as_step,
+    call_of,
+    is_watched,
+    outcome_of,
+    raise_cancellation,
+    watched,
+)
 from .types import (
+    NEVER_AWAITABLE,
     AfterStageHook,
     BeforeStageHook,
     ContextT,
@@ -43,6 +70,7 @@ class _Stop(NamedTuple):
 
     name: str
     is_direct: bool
+    watched: WatchedStep
     is_last: bool = False
 
 
@@ -50,10 +78,6 @@ class _Stop(NamedTuple):
 _Link = tuple[str, Callable[..., Any], int, bool, _Stop]
 _WITH_CONTEXT = 1
 _WITH_STATE = 2  # and the context; the state is None by default
-
-
-# most results are of these types: a lookup here is faster than asking the type for __await__
-_NEVER_AWAITABLE = frozenset({bool, bytes, dict, float, int, list, set, str, tuple, type(None)})
 
 
 class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
@@ -85,16 +109,38 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         middlewares: callables ``(next, stage_name, value, context)``, async, or sync returning a value or
             an awaitable, around each stage with all its attempts; the first in the list is outermost.
             Their errors leave the pipeline as they are.
+        observers: sync callables that get an :class:`~async_pipeline.Event` for each start and end of a run
+            or a stage, also of those inside other pipelines and steps, and for each failed attempt. A stage
+            starts after its ``before_stage`` and ends before its ``after_stage``; its middlewares are part
+            of it. An exception of an observer is logged like that of a hook.
+        on_hook_error: a sync ``(error)``, called with an exception of a hook, an observer or a ``progress``
+            of this pipeline instead of logging it. What it raises leaves the run, so that a test can be
+            made to fail: ``def on_hook_error(error): raise error``.
 
     Raises:
         TypeError: an argument of the wrong type, or a callable that does not take what it will be given.
         ValueError: no stage.
     """
 
-    __slots__ = ("_after", "_before", "_is_hooked", "_links", "_middlewares", "name", "stages")
+    __slots__ = (
+        "_after",
+        "_before",
+        "_is_guarded",
+        "_is_hooked",
+        "_is_watched",
+        "_links",
+        "middlewares",
+        "name",
+        "observers",
+        "on_hook_error",
+        "stages",
+    )
 
     name: str
     stages: tuple[Step[Any, Any], ...]
+    middlewares: tuple[Middleware, ...]
+    observers: tuple[Observer, ...]
+    on_hook_error: OnHookError | None
 
     def __init__(
         self,
@@ -104,6 +150,8 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         before_stage: BeforeStageHook | None = None,
         after_stage: AfterStageHook | None = None,
         middlewares: Sequence[Middleware] | None = None,
+        observers: Sequence[Observer] = (),
+        on_hook_error: OnHookError | None = None,
     ) -> None:
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, not {name!r}")
@@ -112,8 +160,14 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         self._before = check_hook("before_stage(stage_name, value)", before_stage)
         self._after = check_hook("after_stage(stage_name, value, output, error)", after_stage)
         self._is_hooked = before_stage is not None or after_stage is not None
-        self._middlewares = _checked_middlewares(middlewares)
-        *links, last = (_link(step, self._middlewares) for step in self.stages)
+        self.middlewares = _checked_middlewares(middlewares)
+        self.observers = check_observers(observers)
+        if on_hook_error is not None:
+            check_callback("on_hook_error", "on_hook_error(error)", on_hook_error)
+        self.on_hook_error = on_hook_error
+        self._is_watched = bool(self.observers) or is_watched(*self.stages)
+        self._is_guarded = self._is_hooked or self._is_watched
+        *links, last = (_link(step, self.middlewares) for step in self.stages)
         self._links = (*links, (*last[:4], last[4]._replace(is_last=True)))
 
     if not TYPE_CHECKING:
@@ -151,21 +205,13 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         """
         shared: Any = {} if context is None else context
         value: Any = initial_value
-        if self._is_hooked or timeout is not None:
-            try:
-                if timeout is None:
-                    value = await self._run_all(value, shared, None)
-                else:
-                    state = RunState(timeout)
-                    value = await state.bound(self._run_all(value, shared, state), self.name)
-            except Finish as finish:
-                value = finish.value
-            guarded: Last = value
+        if self._is_guarded or timeout is not None:
+            guarded: Last = await self._run_guarded(value, shared, None, timeout)
             return guarded
         try:
             for _, call, wants, is_async, link in self._links:  # noqa: B007 - used below
                 result = call(value, shared) if wants else call(value)
-                if is_async or (type(result) not in _NEVER_AWAITABLE and is_awaitable(result)):
+                if is_async or (type(result) not in NEVER_AWAITABLE and is_awaitable(result)):
                     value = await result
                 else:
                     value = result
@@ -186,13 +232,65 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
     def _call(self) -> Call:
         return self._run
 
+    async def _run_guarded(
+        self, value: Any, context: Any, item_index: int | None, timeout: float | None
+    ) -> Any:
+        """Run with hooks, a deadline or observers, of this pipeline or of one inside it."""
+        try:
+            if timeout is None and not self._is_watched:
+                return await self._run_all(value, context, None)
+            state = RunState(timeout, item_index)
+            run = self._run_observed if self.observers else self._run_bound
+            return await run(value, context, state)
+        except Finish as finish:
+            return finish.value
+
+    def _run_bound(self, value: Any, context: Any, state: RunState) -> Coroutine[Any, Any, Any]:
+        run = self._run_all(value, context, state)
+        return run if state.deadline.scope is None else state.bound(run, self.name)
+
+    async def _run_observed(self, value: Any, context: Any, outer: RunState) -> Any:
+        """Run, alone or as a step, and tell the observers that it starts, and how it ends."""
+        skip = len(outer.path) + 1 if outer.path else 0
+        watch = Watch(self.observers, self.name, new_run_id(), skip, self.on_hook_error)
+        state = outer.watched_by(watch)
+        started = state.deadline.clock()
+        about = watch.run_id, self.name, None, state.item_index, state.element
+        outcome: OutcomeName = "ok"
+        cause: BaseException | None = None
+        try:
+            watch.tell(Event("run_start", started, *about))
+            run = self._run_all if skip else self._run_bound
+            return await run(value, context, state)
+        except BaseException as error:
+            # of the outermost run, a deadline is an error of its own
+            outcome = outcome_of(error, bool(skip) and state.is_over())
+            cause = None if outcome == "finished" else error
+            if isinstance(error, StageExecutionError) and state.item_index is not None and not skip:
+                cause = error.of_item(state.item_index, value)
+            raise
+        finally:
+            now = state.deadline.clock()
+            ended = EndEvent("run_end", now, *about, outcome, 1, now - started, cause)
+            del cause  # its traceback holds this frame
+            watch.tell(ended)
+            del ended
+
+    @property
+    def _run_item(self) -> Callable[..., Any] | None:
+        """How to run an item of a batch, where those who watch are to know its index."""
+        is_own = getattr(self.run, "__func__", None) is Pipeline.run
+        return self._run_guarded if self._is_watched and is_own else None
+
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
         """Run as a step of another pipeline."""
         run: Any = self.run
         try:
-            if getattr(run, "__func__", None) is Pipeline.run:
-                return await self._run_all(value, context, state)
-            return await run(value, context=context)  # a subclass's own
+            if getattr(run, "__func__", None) is not Pipeline.run:
+                return await run(value, context=context)  # a subclass's own
+            if self.observers:
+                return await self._run_observed(value, context, RunState() if state is None else state)
+            return await self._run_all(value, context, state)
         except StageExecutionError as error:
             raise error.within(self.name)  # noqa: B904 - it has its cause already
         except asyncio.CancelledError as error:
@@ -204,10 +302,15 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         # the hooks are called here and not by a coroutine of their own: that took 2.5 times as long
         before, before_wants = self._before
         after, after_wants = self._after
+        handler = self.on_hook_error
+        shown = state if state is not None and state.watches else None
+        limited = state if state is not None and state.deadline.scope is not None else None
         try:
             for name, call, wants, is_async, link in self._links:
-                if state is not None:
-                    state.begin_stage()
+                if limited is not None:
+                    limited.begin_stage()
+                elif shown is not None:
+                    shown.attempts = 1
                 try:
                     # inside the try: an after_stage belongs to a before_stage that was cancelled, too
                     if before is not None:
@@ -216,19 +319,22 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
                             if fired is not None and is_awaitable(fired):
                                 await fired
                         except Exception as error:
-                            report(before, name, error)
+                            report(before, f"stage {name!r}", error, handler)
                             raise_cancellation(error)
-                        if state is not None:
-                            state.check()
+                        if limited is not None:
+                            limited.check()
                     try:
-                        if state is not None and wants == _WITH_STATE:
-                            output = call(value, context, state)
+                        if shown is not None:
+                            output = await link.watched.run(value, context, shown)
                         else:
-                            output = call(value, context) if wants else call(value)
-                        if is_async or (type(output) not in _NEVER_AWAITABLE and is_awaitable(output)):
-                            output = await output
+                            if wants == _WITH_STATE:
+                                output = call(value, context, state)
+                            else:
+                                output = call(value, context) if wants else call(value)
+                            if is_async or (type(output) not in NEVER_AWAITABLE and is_awaitable(output)):
+                                output = await output
                     except Exception as error:
-                        if link.is_direct:
+                        if link.is_direct and shown is None:
                             raise StageExecutionError(name, error) from error
                         raise
                     except BaseExceptionGroup as group:
@@ -236,10 +342,10 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
                             raise
                         raise finish_of(group) from None
                 except Finish as finish:
-                    await fire(self._after, context, name, value, finish.value, None)
+                    await fire(self._after, context, name, value, finish.value, None, on_hook_error=handler)
                     raise
                 except BaseException as error:
-                    await fire(self._after, context, name, value, None, error)
+                    await fire(self._after, context, name, value, None, error, on_hook_error=handler)
                     raise
                 if after is not None:
                     try:
@@ -251,11 +357,11 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
                         if fired is not None and is_awaitable(fired):
                             await fired
                     except Exception as error:
-                        report(after, name, error)
+                        report(after, f"stage {name!r}", error, handler)
                         raise_cancellation(error)
                 value = output
-                if state is not None and not link.is_last:
-                    state.check()
+                if limited is not None and not link.is_last:
+                    limited.check()
         except asyncio.CancelledError as error:
             _mark(error, link, 1 if state is None else state.attempts)
             raise
@@ -370,6 +476,20 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         """
         return Stream(self, items, concurrency, context, timeout, ordered=ordered, buffer=buffer)
 
+    def replace(self, **options: Any) -> Self:
+        """Return a pipeline like this one with other options, ``stages`` or ``name``.
+
+        >>> watched = pipeline.replace(observers=[*pipeline.observers, print])
+
+        A subclass's constructor is not called: what it has set is copied.
+        """
+        given = {"stages": self.stages, "name": self.name, **self._options(), **options}
+        if type(self) is Pipeline:
+            return cast(Self, Pipeline(**given))
+        pipeline = copy(self)
+        Pipeline.__init__(pipeline, **given)
+        return pipeline
+
     def to_mermaid(self) -> str:
         """Return the pipeline as a Mermaid flowchart, which GitHub, GitLab and many editors render.
 
@@ -439,13 +559,21 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
     @property
     def _is_plain(self) -> bool:
         """Whether its stages can join others without it."""
-        return not (self._is_hooked or self._middlewares)
+        return not self._options()
+
+    def _options(self) -> dict[str, Any]:
+        """What it was given besides its stages and its name."""
+        options = {
+            "before_stage": self._before[0],
+            "after_stage": self._after[0],
+            "middlewares": self.middlewares,
+            "observers": self.observers,
+            "on_hook_error": self.on_hook_error,
+        }
+        return {option: value for option, value in options.items() if value not in (None, ())}
 
     def _structure(self) -> Structure:
-        hooks = {"before_stage": self._before[0], "after_stage": self._after[0]}
-        options: dict[str, Any] = {option: hook for option, hook in hooks.items() if hook is not None}
-        if self._middlewares:
-            options["middlewares"] = self._middlewares
+        options = self._options()
         return Structure("pipeline", options, [Part("stage", step.name, step) for step in self.stages])
 
     def __repr__(self) -> str:
@@ -480,11 +608,11 @@ def _link(step: Any, middlewares: Sequence[Middleware]) -> _Link:
     call = call_of(step)
     for middleware in reversed(middlewares):
         call = _fold(middleware, step.name, call)
-    return step.name, call, _WITH_STATE, True, _Stop(step.name, False)
+    return step.name, call, _WITH_STATE, True, _Stop(step.name, False, watched(step, step.name, call))
 
 
 def _direct_link(stage: Stage[Any, Any]) -> _Link:
-    about = _Stop(stage.name, True)
+    about = _Stop(stage.name, True, watched(stage, stage.name, call_of(stage)))
     if stage.limiter is not None:
         return stage.name, stage._limited, _WITH_CONTEXT, True, about
     if stage._is_plain:

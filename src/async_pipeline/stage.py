@@ -23,7 +23,7 @@ from .errors import (
     is_finish,
     mark_cancelled,
 )
-from .events import check_hook, logger
+from .events import EndEvent, Event, FailedAttempt, OutcomeName, Watch, check_hook, logger
 from .executor import check_executor, shares_memory, submit
 from .retry import (
     BackoffMode,
@@ -36,7 +36,7 @@ from .retry import (
     check_retry_on,
     check_seconds,
 )
-from .types import Handler, In, OnError, Out, Step, Structure, is_awaitable
+from .types import NEVER_AWAITABLE, Handler, In, OnError, Out, Step, Structure, is_awaitable, structure_of
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -49,13 +49,17 @@ __all__ = [
     "RunState",
     "Stage",
     "StageOptions",
+    "WatchedStep",
     "as_step",
     "call_of",
     "cancel_requests",
     "is_step",
+    "is_watched",
+    "outcome_of",
     "raise_cancellation",
     "staged",
     "was_cancelled",
+    "watched",
 ]
 
 
@@ -146,6 +150,11 @@ def call_of(step: Any) -> Call:
     if type(step) is Stage:
         return step._once if step._is_plain else step._run
     return step._call() if isinstance(step, Joinable) else _own_run(step)
+
+
+def is_watched(*steps: Any) -> bool:
+    """Tell whether one of the steps is a pipeline with observers, or has one inside."""
+    return any(getattr(step, "_is_watched", False) is True for step in steps)
 
 
 def _own_run(step: Any) -> Call:
@@ -361,6 +370,8 @@ class Stage(Joinable[In, Out]):
             result = self.handler(value, context) if self._wants_context else self.handler(value)
             return await result if self._is_async or is_awaitable(result) else result
         except Exception as error:
+            if state is not None:
+                state.tell_failure(state.path, 1, error, None)
             raise StageExecutionError(self.name, error) from error
         except asyncio.CancelledError as error:
             mark_cancelled(error, self.name)
@@ -380,10 +391,12 @@ class Stage(Joinable[In, Out]):
                     # try: ... except asyncio.CancelledError: raise MyError - nothing is begun after that
                     is_over = (state is not None and state.is_over()) or was_cancelled(error, requests)
                     delay = None if is_over else self._delay_after(attempt, error, state)
+                    if state is not None:
+                        state.tell_failure(state.path, attempt, error, delay)
                     if delay is None and (is_over or self.on_error is None):
                         raise StageExecutionError(self.name, error, attempts=attempt) from error
                     if delay is None:
-                        return await self._stand_in(value, context, error, attempt)
+                        return await self._stand_in(value, context, error, attempt, state)
                 except (Finish, BaseExceptionGroup) as ended:
                     if not is_finish(ended):
                         raise
@@ -395,6 +408,7 @@ class Stage(Joinable[In, Out]):
                         budget.record_success()
                     return output
                 # outside the except, so that a cancelled sleep does not carry the failure as its context
+                logger.debug("Attempt %d of stage %r failed; the next in %g s", attempt, self.name, delay)
                 if delay > 0:
                     await asyncio.sleep(delay)
                 attempt += 1
@@ -418,7 +432,9 @@ class Stage(Joinable[In, Out]):
             self.retry_on,
             self.retry_budget,
         )
-        elapsed, timeout = (0.0, math.inf) if state is None else (state.elapsed(), state.timeout)
+        elapsed, timeout = 0.0, math.inf
+        if state is not None:
+            elapsed, timeout = state.deadline.elapsed(), state.deadline.timeout
         try:
             return policy.next_delay(attempt, error, elapsed, timeout)
         except Exception as broken:
@@ -427,12 +443,17 @@ class Stage(Joinable[In, Out]):
             )
             return None
 
-    async def _stand_in(self, value: Any, context: Any, error: Exception, attempts: int) -> Any:
+    async def _stand_in(
+        self, value: Any, context: Any, error: Exception, attempts: int, state: "RunState | None"
+    ) -> Any:
         """What ``on_error`` makes of the last error, which is being handled: so what it raises is chained."""
         rest = (context,) if self._on_error_wants_context else ()
         try:
             result = cast(Any, self.on_error)(value, error, *rest)
-            return await result if is_awaitable(result) else result
+            output = await result if is_awaitable(result) else result
+            if state is not None and state.watches:
+                state.handled = error
+            return output
         except Exception as second:
             raise StageExecutionError(self.name, second, attempts=attempts) from second
         finally:
@@ -621,19 +642,43 @@ def callable_name(function: Any) -> str:
 _LEAVES_REQUESTS = sys.version_info < (3, 13)
 
 
+class Deadline:
+    """When a run has to be over, in seconds of the event loop's clock."""
+
+    __slots__ = ("clock", "scope", "started", "timeout")
+
+    def __init__(self, timeout: float | None) -> None:
+        self.clock = asyncio.get_running_loop().time
+        self.started: float = self.clock()
+        self.timeout: float = math.inf if timeout is None else timeout
+        self.scope = None if timeout is None else asyncio.timeout_at(self.started + timeout)
+
+    def elapsed(self) -> float:
+        return self.clock() - self.started
+
+    def is_over(self) -> bool:
+        # the timer may fire a little early, and has not fired yet when a handler has blocked the event loop
+        return self.scope is not None and (self.scope.expired() or self.elapsed() >= self.timeout)
+
+
 class RunState:
-    """What a run hands from step to step: how long all of it may take, in seconds of the loop's clock."""
+    """What a run hands from step to step: how long all of it may take, who watches it, and where it is."""
 
-    __slots__ = ("_clock", "_requests", "_scope", "_started", "attempts", "timeout")
+    __slots__ = ("_requests", "attempts", "deadline", "element", "handled", "item_index", "path", "watches")
 
-    def __init__(self, timeout: float) -> None:
-        check_seconds("timeout", timeout, zero=False)
-        self._clock = asyncio.get_running_loop().time
-        self._started = self._clock()
-        self._scope = asyncio.timeout_at(self._started + timeout)
-        self._requests = cancel_requests()
-        self.timeout: float = timeout
+    def __init__(self, timeout: float | None = None, item_index: int | None = None) -> None:
+        if timeout is not None:
+            check_seconds("timeout", timeout, zero=False)
+        self.deadline = Deadline(timeout)
+        self._requests = [
+            0 if timeout is None else cancel_requests()
+        ]  # of the task, which several states may share
+        self.watches: tuple[Watch, ...] = ()
+        self.item_index = item_index
+        self.path: str = ""  # of the step that runs, from the outermost pipeline
+        self.element: tuple[int, ...] = ()
         self.attempts: int = 1  # at the stage that runs, as far as it is known
+        self.handled: Exception | None = None  # by its on_error, if somebody watches
 
     def begin_stage(self) -> None:
         self.attempts = 1
@@ -642,26 +687,90 @@ class RunState:
     def _forget_requests(self) -> None:
         """Between two stages: what has not ended the run has been left behind, or swallowed."""
         if _LEAVES_REQUESTS:
-            self._requests = cancel_requests()
+            self._requests[0] = cancel_requests()
 
-    def fork(self) -> "RunState":
-        """Return the state for another task of the same run."""
-        state = object.__new__(RunState)
-        state._clock, state._started, state._scope = self._clock, self._started, self._scope
-        state.timeout, state._requests = self.timeout, self._requests
-        state.attempts = 1
+    def fork(self, *element: int) -> "RunState":
+        """Return the state for another task of the same run, and for an element there."""
+        state = self.inside(self.path)
+        state._requests = [self._requests[0]]
+        if element:
+            state.element = (*self.element, *element)
         return state
 
-    def elapsed(self) -> float:
-        return self._clock() - self._started
+    def inside(self, path: str) -> "RunState":
+        """Return the state for the step of this path, in the same task."""
+        state = _new(RunState)
+        state.deadline, state._requests = self.deadline, self._requests
+        state.watches, state.path = self.watches, path
+        state.item_index, state.element = self.item_index, self.element
+        state.attempts, state.handled = 1, None
+        return state
+
+    def watched_by(self, watch: Watch) -> "RunState":
+        """Return the state for the same step, which somebody more watches."""
+        state = self.inside(self.path)
+        state.watches = (*self.watches, watch)
+        return state
+
+    # the observers are called here, and not by a method of Watch, because each call is 5 % of two events
+
+    def tell_start(self, path: str, now: float) -> None:
+        raised: BaseException | None = None
+        for watch in self.watches:
+            observers, pipeline, run_id, skip, _ = watch
+            stage = path[skip:] if skip else path
+            event = Event("stage_start", now, run_id, pipeline, stage, self.item_index, self.element)
+            for observer in observers:
+                try:
+                    observer(event)
+                except Exception as error:
+                    raised = watch.report(observer, event, error) or raised
+        if raised is not None:
+            self.tell_end(path, now, "error", 1, raised)
+            raise raised
+
+    def tell_end(
+        self, path: str, started: float, outcome: OutcomeName, attempts: int, error: BaseException | None
+    ) -> None:
+        now = self.deadline.clock()
+        duration, item_index, element = now - started, self.item_index, self.element
+        raised: BaseException | None = None
+        for watch in self.watches:
+            observers, pipeline, run_id, skip, _ = watch
+            stage = path[skip:] if skip else path
+            event = EndEvent(
+                "stage_end",
+                now,
+                run_id,
+                pipeline,
+                stage,
+                item_index,
+                element,
+                outcome,
+                attempts,
+                duration,
+                error,
+            )
+            for observer in observers:
+                try:
+                    observer(event)
+                except Exception as broken:
+                    raised = watch.report(observer, event, broken) or raised
+        if raised is not None:
+            raise raised
+
+    def tell_failure(self, path: str, attempt: int, error: Exception, delay: float | None) -> None:
+        now = self.deadline.clock()
+        for watch in self.watches:
+            about = now, watch.run_id, watch.pipeline, path[watch.skip :], self.item_index, self.element
+            watch.tell(FailedAttempt(*about, attempt=attempt, error=error, delay=delay))
 
     def is_over(self) -> bool:
-        # the timer may fire a little early, and has not fired yet when a handler has blocked the event loop
-        return self._scope.expired() or self.elapsed() >= self.timeout
+        return self.deadline.is_over()
 
     def check(self) -> None:
         """Cancel the run if its time is up and nobody has noticed, or cared."""
-        if self.is_over():
+        if self.deadline.is_over():
             self._forget_requests()
             raise asyncio.CancelledError("the run's timeout is up")
 
@@ -669,7 +778,7 @@ class RunState:
         """Await ``run``, the whole of it, and cancel it when the time is up."""
         cancellation = None
         try:
-            async with self._scope:
+            async with cast(asyncio.Timeout, self.deadline.scope):
                 try:
                     return await run
                 except asyncio.CancelledError as error:
@@ -678,7 +787,7 @@ class RunState:
         except (TimeoutError, asyncio.CancelledError) as error:
             # a request that came meanwhile and was not taken back is somebody else's; asyncio.timeout counts
             # those as well that a TaskGroup has left behind in an earlier stage
-            if cancellation is None or not self.is_over() or cancel_requests() > self._requests:
+            if cancellation is None or not self.is_over() or cancel_requests() > self._requests[0]:
                 raise
             # not made here: this frame would hold what holds the traceback that holds this frame
             raise self._exceeded(cancelled_in(cancellation) or (name, 1), error)  # noqa: B904
@@ -686,11 +795,104 @@ class RunState:
             del cancellation
 
     def _exceeded(self, where: tuple[str, int], cause: BaseException) -> StageExecutionError:
-        exceeded = DeadlineExceeded(self.timeout)
+        exceeded = DeadlineExceeded(self.deadline.timeout)
         exceeded.__cause__ = cause
         error = StageExecutionError(where[0], exceeded, attempts=where[1])
         error.__cause__ = exceeded
         return error
+
+
+_new = object.__new__
+
+
+class WatchedStep:
+    """A step inside a run that somebody watches: it tells of its start and its end."""
+
+    __slots__ = ("_call", "_is_leaf", "_name")
+
+    def __init__(self, step: Any, name: str, call: Call) -> None:
+        self._name = name
+        self._call = call
+        self._is_leaf = not structure_of(step).parts  # and so makes attempts of its own
+
+    async def run(self, value: Any, context: Any, state: RunState) -> Any:
+        own = state.inside(_joined(state.path, self._name))
+        started = own.deadline.clock()
+        own.tell_start(own.path, started)
+        try:
+            output = await self._call(value, context, own)
+        except BaseException as error:
+            _tell_end(own, own.path, started, error, self._is_leaf)
+            raise
+        finally:
+            state.attempts = own.attempts
+            handled, own.handled = own.handled, None  # its traceback may hold what holds the state
+        own.tell_end(own.path, started, "ok", own.attempts if self._is_leaf else 1, handled)
+        return output
+
+
+class _WatchedHandler(WatchedStep):
+    """A plain stage there; without the state and the coroutine that it needs not, 0.5 µs of 1.9 are saved."""
+
+    __slots__ = ("_handler", "_is_async", "_wants_context")
+
+    def __init__(self, stage: Stage[Any, Any], name: str) -> None:
+        super().__init__(stage, name, stage._once)
+        self._handler = stage.handler
+        self._wants_context = stage._wants_context
+        self._is_async = stage._is_async
+
+    async def run(self, value: Any, context: Any, state: RunState) -> Any:
+        path = _joined(state.path, self._name)
+        started = state.deadline.clock()
+        state.tell_start(path, started)
+        try:
+            output = self._handler(value, context) if self._wants_context else self._handler(value)
+            if self._is_async or (type(output) not in NEVER_AWAITABLE and is_awaitable(output)):
+                output = await output
+        except Exception as error:
+            raise self._failure(state, path, started, error) from error
+        except BaseException as error:
+            _tell_end(state, path, started, error)
+            raise
+        state.tell_end(path, started, "ok", 1, None)
+        return output
+
+    def _failure(self, state: RunState, path: str, started: float, error: Exception) -> StageExecutionError:
+        failure = StageExecutionError(self._name, error)
+        failure.__cause__ = error
+        try:
+            state.tell_failure(path, 1, error, None)
+        finally:
+            state.tell_end(path, started, outcome_of(failure), 1, failure)
+        return failure
+
+
+def watched(step: Any, name: str, call: Call) -> WatchedStep:
+    """Return how to run a step where somebody watches; ``call`` is how to run it where nobody does."""
+    if type(step) is Stage and call == step._once:
+        return _WatchedHandler(step, name)
+    return WatchedStep(step, name, call)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def _tell_end(state: RunState, path: str, started: float, error: BaseException, is_leaf: bool = True) -> None:
+    attempts = error.attempts if isinstance(error, StageExecutionError) else state.attempts
+    cause = None if is_finish(error) else error
+    state.tell_end(path, started, outcome_of(error, state.is_over()), attempts if is_leaf else 1, cause)
+
+
+def outcome_of(error: BaseException, is_over: bool = False) -> OutcomeName:
+    """Return what an event calls the end that ``error`` is; ``is_over``, whether the run's time is up."""
+    if is_finish(error):
+        return "finished"
+    if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+        return "timeout" if is_over else "cancelled"
+    original = error.original_error if isinstance(error, StageExecutionError) else error
+    return "timeout" if isinstance(original, (StageTimeoutError, DeadlineExceeded)) else "error"
 
 
 def cancel_requests() -> int:

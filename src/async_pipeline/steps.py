@@ -9,6 +9,7 @@ path: ``enrich/price``. Hooks and middlewares of the pipeline around it see it a
 import asyncio
 from abc import abstractmethod
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from keyword import iskeyword
 from operator import attrgetter
 from types import MappingProxyType
@@ -25,7 +26,17 @@ from .errors import (
 )
 from .fanout import Batch, check_concurrency, check_items
 from .retry import check_kinds, matches
-from .stage import Call, Joinable, RunState, as_step, call_of, cancel_requests, was_cancelled
+from .stage import (
+    Call,
+    Joinable,
+    RunState,
+    as_step,
+    call_of,
+    cancel_requests,
+    is_watched,
+    was_cancelled,
+    watched,
+)
 from .types import In, Out, Part, Step, Structure
 
 __all__ = [
@@ -58,13 +69,20 @@ _Errors = type[Exception] | tuple[type[Exception], ...]
 class _Inner:
     """A step inside another one: how it is run, and how it is called from there."""
 
-    __slots__ = ("_outer", "_own", "call", "name")
+    __slots__ = ("_call", "_outer", "_own", "_watched", "name")
 
     def __init__(self, outer: str, step: Step[Any, Any], name: str | None = None) -> None:
         self.name = step.name if name is None else name
-        self.call = call_of(step)
+        self._call = call_of(step)
+        self._watched = watched(step, self.name, self._call)
         self._own = step.name
         self._outer = outer
+
+    def call(self, value: Any, context: Any, state: RunState | None = None) -> Any:
+        """Return the coroutine of one call; its errors do not know the step around it yet."""
+        if state is None or not state.watches:
+            return self._call(value, context, state)
+        return self._watched.run(value, context, state)
 
     def _rename(self, path: str) -> str:
         own = self._own
@@ -180,8 +198,9 @@ class _Ends:
 class _Composite(Joinable[In, Out]):
     """What the steps of this module share."""
 
-    __slots__ = ("name",)
+    __slots__ = ("_is_watched", "name")
     _HINT = ""
+    _is_watched: bool
 
     def __init__(self, name: str) -> None:
         if not isinstance(name, str):
@@ -257,6 +276,7 @@ class Parallel(_Composite[In, Out]):
             {key: _inner_step(f"step {key!r} of parallel", step, key) for key, step in steps.items()}
         )
         self._inner = tuple(_Inner(name, step, key) for key, step in self.steps.items())
+        self._is_watched = is_watched(*self.steps.values())
 
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
         return await _Branches(self.name, self._inner).run(value, context, state)
@@ -402,6 +422,7 @@ class Each(_Composite[In, Out]):
         self.step: Step[Any, Any] = _inner_step("step", step)
         self.concurrency: int | asyncio.Semaphore = concurrency
         self._inner = _Inner(name, self.step)
+        self._is_watched = is_watched(self.step)
 
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
         return await _open(_OfEach, self, value, context, state).run_as_step()
@@ -429,6 +450,7 @@ class Keep(_Composite[In, Out]):
         self.predicate: Step[Any, Any] = _inner_step("predicate", predicate)
         self.concurrency: int | asyncio.Semaphore = concurrency
         self._inner = _Inner(name, self.predicate)
+        self._is_watched = is_watched(self.predicate)
 
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
         kept = await _open(_Kept, self, value, context, state).run_as_step()
@@ -466,7 +488,10 @@ class _OfEach(Batch):
         self._make_context = lambda: context
         self._ends = _Ends(name)
         # without a state, the step's own coroutine: a layer more is paid for at each suspension
-        self._run = inner.call if state is None else _with_state(inner, state, self._ends.cancelled)
+        if state is None:
+            self._run = inner.call
+        else:
+            self._run_numbered = _with_state(inner, state, self._ends.cancelled)
 
     async def run_as_step(self) -> list[Any]:
         try:
@@ -492,8 +517,8 @@ class _OfEach(Batch):
 
 
 def _with_state(inner: _Inner, state: RunState, cancelled: list[tuple[str, int]]) -> Callable[..., Any]:
-    async def run(element: Any, context: Any) -> Any:
-        own = state.fork()
+    async def run(element: Any, context: Any, index: int) -> Any:
+        own = state.fork(index)
         try:
             own.check()  # of elements that block the event loop, none begins after the deadline
             return await inner.call(element, context, own)
@@ -620,6 +645,7 @@ class Branch(_Composite[In, Out]):
             None if otherwise is None else _inner_step("otherwise", otherwise)
         )
         self._otherwise = None if self.otherwise is None else _Inner(name, self.otherwise)
+        self._is_watched = is_watched(self.otherwise, *chain.from_iterable(self.cases))
 
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
         for predicate, step in self._inner:
@@ -716,6 +742,7 @@ class Fallback(_Composite[In, Out]):
         self.on: _Errors = on
         self.steps: tuple[Step[Any, Any], ...] = tuple(_inner_step("a step of fallback", s) for s in steps)
         self._inner = tuple(_Inner(name, step) for step in self.steps)
+        self._is_watched = is_watched(*self.steps)
 
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
         requests = cancel_requests()

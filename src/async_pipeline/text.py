@@ -550,7 +550,13 @@ def _fallback(steps: Any, **options: Any) -> Any:
     return fallback(*steps, **options)
 
 
-_HOOKS = {"before_stage": _CALLABLE, "after_stage": _CALLABLE, "middlewares": _list_of(_CALLABLE)}
+_HOOKS = {
+    "before_stage": _CALLABLE,
+    "after_stage": _CALLABLE,
+    "middlewares": _list_of(_CALLABLE),
+    "observers": _list_of(_CALLABLE),
+    "on_hook_error": _CALLABLE,
+}
 _CONCURRENCY = {"concurrency": _PLAIN}
 _OPTIONS = {
     **dict.fromkeys(["timeout", "retries", "retry_delay", "backoff", "max_delay", "jitter"], _PLAIN),

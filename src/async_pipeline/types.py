@@ -27,6 +27,7 @@ __all__ = [
     "DefaultContext",
     "Handler",
     "Middleware",
+    "NEVER_AWAITABLE",
     "OnError",
     "Part",
     "Step",
@@ -99,6 +100,10 @@ def structure_of(step: Any) -> Structure:
     """Return what any step is made of."""
     structure = getattr(type(step), "_structure", None)  # of the type: a mock has whatever it is asked for
     return Structure("step", {}, ()) if structure is None else cast(Structure, structure(step))
+
+
+# most results are of these types: a lookup here is faster than asking the type for __await__
+NEVER_AWAITABLE = frozenset({bool, bytes, dict, float, int, list, set, str, tuple, type(None)})
 
 
 def is_awaitable(value: object) -> bool:
