@@ -482,3 +482,11 @@ def test_an_error_that_cannot_be_shown_is_still_reported() -> None:
     error = StageExecutionError("fetch", original)
     assert str(error) == "Stage 'fetch' failed: UnshowableError"
     assert error.original_error is original
+
+
+def test_is_of_item_asks_for_the_index_and_the_very_item() -> None:
+    item: list[int] = []
+    error = StageExecutionError("a", ValueError()).of_item(1, item)
+    assert error.is_of_item(1, item)
+    assert not error.is_of_item(0, item)
+    assert not error.is_of_item(1, [])

@@ -3,6 +3,10 @@
 import asyncio
 import functools
 import logging
+import os
+import pickle
+import random
+import re
 import types
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -10,7 +14,19 @@ from unittest.mock import AsyncMock, Mock
 
 import pytest
 
-from async_pipeline.events import check_hook, fire, logger, report
+from async_pipeline.events import (
+    EndEvent,
+    Event,
+    FailedAttempt,
+    Watch,
+    check_callback,
+    check_hook,
+    check_observers,
+    fire,
+    logger,
+    new_run_id,
+    report,
+)
 
 BEFORE = "before_stage(stage_name, value)"
 AFTER = "after_stage(stage_name, value, output, error)"
@@ -181,3 +197,162 @@ class TestExceptions:
         error = LookupError("broken")
         report(print, "fetch", error)
         assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [error]
+
+
+class TestEvent:
+    def test_carries_what_its_kind_does_and_none_for_the_rest(self) -> None:
+        start = Event("run_start", 1.5, "00ff", "orders", None, 3, ())
+        assert (start.kind, start.time, start.run_id, start.pipeline) == ("run_start", 1.5, "00ff", "orders")
+        assert (start.stage, start.item_index, start.element) == (None, 3, ())
+        assert (start.outcome, start.attempts, start.duration, start.error) == (None,) * 4
+        assert (start.attempt, start.will_retry, start.delay) == (None,) * 3
+
+        error = KeyError("x")
+        end = EndEvent("stage_end", 2.0, "00ff", "orders", "a/b", None, (1, 2), "error", 4, 0.5, error)
+        assert (end.kind, end.time, end.run_id, end.pipeline) == ("stage_end", 2.0, "00ff", "orders")
+        assert (end.stage, end.item_index, end.element) == ("a/b", None, (1, 2))
+        assert (end.outcome, end.attempts, end.duration, end.error) == ("error", 4, 0.5, error)
+        assert (end.attempt, end.will_retry, end.delay) == (None,) * 3
+
+        common = (2.0, "00ff", "orders", "a/b", None, (1, 2))
+        failed = FailedAttempt(*common, attempt=2, error=error, delay=0.0)
+        assert (failed.kind, failed.stage) == ("attempt_failed", "a/b")
+        assert (failed.attempt, failed.error, failed.will_retry, failed.delay) == (2, error, True, 0.0)
+        assert (failed.outcome, failed.attempts, failed.duration) == (None,) * 3
+        last = FailedAttempt(*common, attempt=3, error=error, delay=None)
+        assert (last.will_retry, last.delay) == (False, None)
+
+    def test_is_slotted(self) -> None:
+        events = [
+            Event("run_start", 1.5, "00ff", "orders", None, None, ()),
+            EndEvent("run_end", 1.5, "00ff", "orders", None, None, (), "ok", 1, 0.5, None),
+            FailedAttempt(1.5, "00ff", "orders", "a", None, (), attempt=1, error=KeyError(), delay=None),
+        ]
+        for event in events:
+            assert isinstance(event, Event)
+            assert not hasattr(event, "__dict__")
+
+    def test_shows_what_it_carries_in_one_order(self) -> None:
+        assert repr(Event("run_start", 1.5, "00ff", "orders", None, 0, ())) == (
+            "Event(kind='run_start', time=1.5, run_id='00ff', pipeline='orders', item_index=0)"
+        )
+        end = EndEvent("stage_end", 2.0, "00ff", "orders", "a", None, (1,), "ok", 1, 0.0, None)
+        assert repr(end) == (
+            "Event(kind='stage_end', time=2.0, run_id='00ff', pipeline='orders', stage='a', element=(1,), "
+            "outcome='ok', attempts=1, duration=0.0)"
+        )
+
+    def test_can_be_sent_to_another_process(self) -> None:
+        end = EndEvent("stage_end", 2.0, "00ff", "orders", "a", None, (1,), "ok", 1, 0.0, None)
+        assert repr(pickle.loads(pickle.dumps(end))) == repr(end)
+
+
+class TestWatch:
+    EVENT = Event("stage_start", 0.0, "00ff", "orders", "fetch", None, ())
+
+    def test_tells_all_even_if_one_is_broken(self, caplog: pytest.LogCaptureFixture) -> None:
+        error, got = LookupError("broken"), list[Event]()
+
+        def broken(event: Event) -> None:
+            raise error
+
+        Watch((broken, got.append), "orders", "00ff", 0, None).tell(self.EVENT)
+        assert got == [self.EVENT]
+        (record,) = caplog.records
+        assert record.levelno == logging.ERROR
+        assert "broken" in record.getMessage()
+        assert "stage_start of 'fetch'" in record.getMessage()
+        assert record.exc_info is not None
+        assert record.exc_info[1] is error
+
+    def test_of_a_run_the_pipeline_is_named(self, caplog: pytest.LogCaptureFixture) -> None:
+        event = Event("run_end", 0.0, "00ff", "orders", None, None, ())
+        Watch((lambda event: 1 / 0,), "orders", "00ff", 0, None).tell(event)
+        assert "run_end of 'orders'" in caplog.text
+
+    @pytest.mark.parametrize("kind", [ValueError, SystemExit])
+    def test_what_on_hook_error_raises_comes_after_the_others(
+        self, kind: type[BaseException], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        error, got, handled = LookupError("broken"), list[Event](), list[Exception]()
+
+        def broken(event: Event) -> None:
+            raise error
+
+        def on_hook_error(error: Exception) -> None:
+            handled.append(error)
+            raise kind("mine")
+
+        with pytest.raises(kind, match="mine"):
+            Watch((broken, got.append), "orders", "00ff", 0, on_hook_error).tell(self.EVENT)
+        assert got == [self.EVENT]
+        assert handled == [error]
+        assert not caplog.records
+
+    def test_run_ids_are_apart_and_do_not_repeat_with_a_seed(self) -> None:
+        random.seed(1)
+        first = {new_run_id() for _ in range(100)}
+        random.seed(1)
+        second = {new_run_id() for _ in range(100)}
+        assert len(first | second) == 200
+        assert all(re.fullmatch("[0-9a-f]{16}", run_id) for run_id in first)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_run_ids_of_a_forked_process_are_others(self) -> None:
+        reading, writing = os.pipe()
+        if (child := os.fork()) == 0:  # pragma: no cover
+            os.write(writing, new_run_id().encode())
+            os._exit(0)
+        own = new_run_id()
+        os.waitpid(child, 0)
+        assert os.read(reading, 16).decode() != own
+        os.close(reading)
+        os.close(writing)
+
+
+class TestCallbacks:
+    def test_a_sync_callable_that_fits_is_taken(self) -> None:
+        class Recorder:
+            def __call__(self, event: Event) -> None: ...
+
+            def note(self, event: Event, extra: int = 1) -> None: ...
+
+        observers = [Recorder(), Recorder().note, print, [].append, functools.partial(print, "x"), Mock()]
+        assert check_observers(observers) == tuple(observers)
+        assert check_observers(iter(observers)) == tuple(observers)
+        assert check_observers(()) == ()
+
+    @pytest.mark.parametrize("observers", [print, "print", None, 1])
+    def test_observers_are_a_list(self, observers: Any) -> None:
+        with pytest.raises(TypeError, match=r"^observers must be a list .*; write observers=\[observer\]$"):
+            check_observers(observers)
+
+    @pytest.mark.parametrize("observer", ["print", 1, Mock])
+    def test_of_callables_that_are_no_classes(self, observer: Any) -> None:
+        with pytest.raises(TypeError, match=r"^an observer must be a sync callable observer\(event\), not "):
+            check_observers([observer])
+
+    def test_that_are_sync(self) -> None:
+        async def observer(event: Event) -> None: ...
+
+        class Async:
+            async def __call__(self, event: Event) -> None: ...
+
+        for wrong in (observer, Async(), functools.partial(observer), AsyncMock()):
+            with pytest.raises(TypeError, match=r"^an observer must be sync, but .* is async"):
+                check_observers([wrong])
+
+    def test_that_take_an_event(self) -> None:
+        def other(event: Event, value: int) -> None: ...
+
+        with pytest.raises(TypeError, match=r"^an observer .* can't be used: it must take observer\(event\)"):
+            check_observers([other])
+        with pytest.raises(TypeError, match=r"^on_hook_error .* can't be used: it must take on_hook"):
+            check_callback("on_hook_error", "on_hook_error(error)", lambda: None)
+
+
+def test_nobody_listens_to_the_logger_unless_the_user_says_so() -> None:
+    assert not logger.handlers
+    assert logger.level == logging.NOTSET
+    assert logger.propagate

@@ -7,6 +7,7 @@ import io
 import itertools
 import logging
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -1333,3 +1334,153 @@ class TestArguments:
             warnings.simplefilter("error")
             del coroutine
             gc.collect()
+
+
+class TestProgress:
+    """Virtual time, so that what is called when is exact."""
+
+    @staticmethod
+    def recorder() -> tuple[list[tuple[float, int, int, int | None]], Callable[[int, int, int | None], None]]:
+        calls: list[tuple[float, int, int, int | None]] = []
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        return calls, lambda *counts: calls.append((round(clock() - began, 6), *counts))
+
+    @both
+    @pytest.mark.virtual
+    async def test_is_told_ten_times_a_second_and_at_the_end(self, call: Any) -> None:
+        async def work(value: int) -> int:
+            await asyncio.sleep(0.03)
+            return value
+
+        calls, progress = self.recorder()
+        await call(pipeline_of(work), range(8), 1, progress=progress)
+        assert calls == [(0.03, 1, 0, 8), (0.13, 4, 0, 8), (0.23, 7, 0, 8), (0.24, 8, 0, 8)]
+
+    @both
+    @pytest.mark.virtual
+    async def test_is_told_of_the_last_ones_even_if_no_other_ends(self, call: Any) -> None:
+        async def work(value: float) -> None:
+            await asyncio.sleep(value)
+
+        calls, progress = self.recorder()
+        await call(pipeline_of(work), [0.01, 0.02, 9.0], 3, progress=progress)
+        assert calls == [(0.01, 1, 0, 3), (0.11, 2, 0, 3), (9.0, 3, 0, 3), (9.0, 3, 0, 3)]
+
+    @both
+    async def test_of_nothing_it_is_told_once(self, call: Any) -> None:
+        calls, progress = self.recorder()
+        await call(pipeline_of(suspend), [], progress=progress)
+        assert [counts for _, *counts in calls] == [[0, 0, 0]]
+
+    @both
+    @pytest.mark.parametrize(
+        ("kind", "total"),
+        [(list, 2), (set, 2), (lambda items: dict(enumerate(items)).values(), 2), (iter, None)],
+        ids=["list", "set", "view", "iterator"],
+    )
+    async def test_the_total_is_known_of_what_has_a_length(self, call: Any, kind: Any, total: Any) -> None:
+        calls, progress = self.recorder()
+        await call(pipeline_of(suspend), kind([1, 2]), progress=progress)
+        assert calls[-1][1:] == (2, 0, total)
+        assert {known for *_, known in calls} == {total}
+
+    @both
+    async def test_an_async_source_has_no_total(self, call: Any) -> None:
+        calls, progress = self.recorder()
+        await call(pipeline_of(suspend), Source([1, 2]), progress=progress)
+        assert calls[-1][1:] == (2, 0, None)
+
+    async def test_failed_items_have_ended_too(self) -> None:
+        calls, progress = self.recorder()
+        inverted = pipeline_of(lambda x: 1 / x)
+        await inverted.map([1, 0, 2, 0], return_exceptions=True, progress=progress)
+        assert calls[-1][1:] == (4, 2, 4)
+        async with inverted.stream([1, 0, 2, 0], progress=progress) as results:
+            assert [outcome.ok async for outcome in results.outcomes()] == [True, False, True, False]
+        assert calls[-1][1:] == (4, 2, 4)
+
+    async def test_a_batch_that_fails_tells_how_far_it_came(self) -> None:
+        calls, progress = self.recorder()
+        with pytest.raises(BatchError):
+            await pipeline_of(lambda x: 1 / x).map([1, 0, 2], 1, progress=progress)
+        assert calls[-1][1:] == (2, 1, 3)
+
+    async def test_so_does_a_stream_that_is_left(self) -> None:
+        calls, progress = self.recorder()
+        async with pipeline_of(suspend).stream(itertools.count(), 1, buffer=1, progress=progress) as results:
+            async for value in results:
+                if value == 3:
+                    break
+        assert calls[-1][1] >= 4
+        assert calls[-1][2:] == (0, None)
+
+    @pytest.mark.virtual
+    async def test_so_does_a_batch_that_is_cancelled(self) -> None:
+        calls, progress = self.recorder()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await pipeline_of(asyncio.sleep).map([0.01, 0.02, 9.0], progress=progress)
+        assert calls == [(0.01, 1, 0, 3), (0.05, 2, 0, 3)]
+
+    @both
+    async def test_what_it_raises_is_logged(self, call: Any, caplog: pytest.LogCaptureFixture) -> None:
+        def broken(done: int, failed: int, total: int | None) -> None:
+            raise LookupError(f"at {done}")
+
+        assert await call(pipeline_of(suspend), [1, 2], progress=broken) == [1, 2]
+        assert "broken" in caplog.text
+        assert "LookupError: at 2" in caplog.text
+        assert {record.levelno for record in caplog.records} == {logging.ERROR}
+
+    @both
+    @pytest.mark.virtual
+    @pytest.mark.parametrize("at", [1, 2, 3])
+    async def test_or_handed_to_on_hook_error_whose_error_ends_it(
+        self, call: Any, at: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(done: int, failed: int, total: int | None) -> None:
+            if done >= at:
+                raise LookupError(f"at {done}")
+
+        def on_hook_error(error: Exception) -> None:
+            raise error
+
+        pipeline = Pipeline([asyncio.sleep], on_hook_error=on_hook_error)
+        with pytest.raises(LookupError, match=f"at {at}"):
+            await call(
+                pipeline, [0.01, 0.02, 9.0], 3, progress=broken
+            )  # called from an item, a timer, at the end
+        assert not caplog.records
+
+    async def test_an_on_hook_error_that_raises_nothing_lets_it_go_on(self) -> None:
+        errors: list[Exception] = []
+        pipeline = Pipeline([suspend], on_hook_error=errors.append)
+        assert await pipeline.map([1], progress=lambda done, failed, total: 1 / 0) == [1]
+        assert {type(error) for error in errors} == {ZeroDivisionError}
+
+    async def test_what_is_no_exception_ends_it(self) -> None:
+        def stop(done: int, failed: int, total: int | None) -> None:
+            raise Alarm
+
+        with pytest.raises(Alarm):
+            await pipeline_of(suspend).map([1, 2], progress=stop)
+
+    @both
+    @pytest.mark.parametrize("progress", [lambda done: None, "print", Meter().__call__])
+    async def test_a_wrong_one_is_refused(self, call: Any, progress: Any) -> None:
+        with pytest.raises(TypeError, match=r"^progress "):
+            await call(pipeline_of(suspend), [1], progress=progress)
+
+    async def test_nothing_is_kept_alive_by_it(self) -> None:
+        class Items(list[int]): ...
+
+        items = Items([1, 2])
+        gone = weakref.ref(items)
+        gc.disable()
+        try:
+            await pipeline_of(suspend).map(items, progress=lambda done, failed, total: None)
+            del items
+            assert gone() is None
+        finally:
+            gc.enable()

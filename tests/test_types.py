@@ -118,7 +118,9 @@ def test_a_class_of_awaitable_classes() -> None:
 def test_all_names_exist() -> None:
     for name in our_types.__all__:
         assert hasattr(our_types, name), name
-    assert our_types.__all__ == sorted(our_types.__all__, key=lambda name: (name.islower(), name))
+    assert our_types.__all__ == sorted(
+        our_types.__all__, key=lambda name: (not name.isupper(), name.islower(), name)
+    )
 
 
 def test_the_aliases_can_be_used_at_run_time() -> None:

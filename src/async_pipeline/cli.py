@@ -22,7 +22,7 @@ import traceback
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from io import FileIO
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO, cast
 
 from . import __version__
 from .errors import StageExecutionError
@@ -142,6 +142,12 @@ examples:
 
     {"item": "http://x", "index": 3, "stage": "fetch", "message": "OSError: no"}
 
+  what took so long, and what went wrong: a page for the browser, and a trace
+  for https://ui.perfetto.dev; they are written after Ctrl-C, too
+
+    async-pipeline run crawl:pages --input in.jsonl --output out.jsonl \\
+        --report run.html --trace run.json
+
 exit status:
   0    every item succeeded, or the reader of the output went away
   1    items failed, or the input or output did
@@ -172,6 +178,14 @@ def _add_run(commands: Any) -> None:
         metavar="FILE",
         help="where to write the failures, as JSON lines with item, index (from 0), stage and message; "
         "by default, the end of the run sums them up on stderr",
+    )
+    run.add_argument(
+        "--report",
+        metavar="FILE",
+        help="where to write an HTML page about the run: throughput, latencies, errors, the slowest items",
+    )
+    run.add_argument(
+        "--trace", metavar="FILE", help="where to write each stage of each item as a trace for Perfetto"
     )
     run.add_argument(
         "--concurrency",
@@ -504,9 +518,17 @@ class _LineStep:
         self.name = pipeline.name
         self._run = pipeline.run
         self._parse: Callable[[_Line], Any] = _Line.json if is_json else _Line.text
+        self._run_numbered = pipeline._run_item
+        self._run_item = None if self._run_numbered is None else self._run_line
 
     async def run(self, line: _Line, /, *, context: Any = None) -> bytes:
-        result = await self._run(self._parse(line), context=context)
+        return self._written(await self._run(self._parse(line), context=context))
+
+    async def _run_line(self, line: _Line, context: Any, index: int, timeout: float | None) -> bytes:
+        numbered = cast(Callable[..., Any], self._run_numbered)
+        return self._written(await numbered(self._parse(line), context, index, timeout))
+
+    def _written(self, result: object) -> bytes:
         try:
             return _json_line(result)
         except Exception as error:
@@ -658,11 +680,59 @@ def _run(options: argparse.Namespace) -> int:
         errors = None
         if options.errors is not None:
             errors = stack.enter_context(_open_output(options.errors, "errors"))
-        _check_distinct(("--input", source), ("--output", output), ("--errors", errors))
+        pictures = _pictures(options)
+        _check_distinct(
+            ("--input", source),
+            ("--output", output),
+            ("--errors", errors),
+            *((picture.option, picture.path) for picture in pictures),
+        )
         for file in (errors, None if target else output):
             if file is not None and _is_regular(file):
                 file.truncate(0)
-        return asyncio.run(_Run(options, pipeline, source, output, errors).run())
+        shown = pipeline.replace(observers=[*pipeline.observers, *(p.recorder for p in pictures)])
+        try:
+            code = asyncio.run(_Run(options, shown, source, output, errors).run())
+        finally:
+            are_written = [picture.write(pipeline) for picture in pictures]
+        return code if all(are_written) else code or _FAILED
+
+
+class _Picture:
+    """A recorder of the run, and the file that it fills in the end."""
+
+    def __init__(self, option: str, path: str, recorder: Any, write: Callable[..., None]) -> None:
+        self.option = option
+        self.path = path
+        self.recorder = recorder
+        self._write = write
+        folder = os.path.dirname(os.path.realpath(path))
+        if os.path.isdir(path) or not os.access(folder, os.W_OK):
+            reason = "it is a folder" if os.path.isdir(path) else "there is no folder to write to"
+            raise _CommandError(f"the {option[2:]} {path!r} can't be written: {reason}")
+
+    def write(self, pipeline: Pipeline[Any, Any]) -> bool:
+        try:
+            self._write(self.path, pipeline)
+        except OSError as error:
+            _say(f"async-pipeline: the {self.option[2:]} {self.path!r} can't be written: {error.strerror}")
+            return False
+        return True
+
+
+def _pictures(options: argparse.Namespace) -> list[_Picture]:
+    pictures = []
+    if options.report is not None:
+        from .telemetry.report import ReportRecorder
+
+        report = ReportRecorder()
+        pictures.append(_Picture("--report", options.report, report, report.write))
+    if options.trace is not None:
+        from .telemetry.trace import TraceRecorder
+
+        trace = TraceRecorder()
+        pictures.append(_Picture("--trace", options.trace, trace, lambda path, _: trace.write(path)))
+    return pictures
 
 
 def _open_input(path: str) -> FileIO:
@@ -702,14 +772,22 @@ def _open_output(path: str, name: str) -> FileIO:
         raise _CommandError(f"the {name} {path!r} can't be written: {error.strerror}") from None
 
 
-def _check_distinct(*files: tuple[str, FileIO | None]) -> None:
-    seen: dict[tuple[int, int], str] = {}
+def _check_distinct(*files: tuple[str, FileIO | str | None]) -> None:
+    seen: dict[object, str] = {}
     for option, file in files:
-        if file is not None and _is_regular(file):
-            status = os.fstat(file.fileno())
-            other = seen.setdefault((status.st_dev, status.st_ino), option)
+        if file is not None:
+            other = seen.setdefault(_identity(file), option)
             if other != option:
                 raise _CommandError(f"{other} and {option} are the same file")
+
+
+def _identity(file: FileIO | str) -> object:
+    """What is equal for two that are the same file; pipes and terminals may be shared."""
+    try:
+        status = os.stat(file if isinstance(file, str) else file.fileno())
+    except OSError:  # there is none yet
+        return os.path.realpath(str(file))
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else object()
 
 
 def _is_regular(file: FileIO) -> bool:

@@ -14,20 +14,23 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Sized
 from contextvars import Context, copy_context
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, cast
+from typing import Any, Generic, TypeAlias, cast
 
 from .context import copier
 from .errors import BatchError, Finish, StageExecutionError, cancelled_in
-from .events import logger
+from .events import OnHookError, check_callback, logger, report
 from .outcome import Outcome
 from .retry import check_count, check_seconds
 from .types import Out, Step
 
-__all__ = ["Batch", "Stream", "check_concurrency", "check_items"]
+__all__ = ["Batch", "Progress", "Stream", "check_concurrency", "check_items"]
+
+Progress: TypeAlias = Callable[[int, int, int | None], object]
+"""``(done, failed, total)``, sync: how many items have ended, failed, and will be, if that is known."""
 
 _Job = tuple[int, Any]
 _Record = tuple[int, Any, Any, Exception | None, Any, float]  # the fields of an Outcome
@@ -40,6 +43,7 @@ _ITEMS_PER_TURN = 128
 _HALF_TURN = 64
 _BUFFER_WITH_SEMAPHORE = 64
 _GROWTH = 256  # of a batch's list of results
+_PROGRESS_INTERVAL = 0.1  # seconds between two calls of a progress
 
 
 def _wake(waiters: deque[asyncio.Future[None]], most: int) -> None:
@@ -48,6 +52,52 @@ def _wake(waiters: deque[asyncio.Future[None]], most: int) -> None:
         if not waiter.done():
             waiter.set_result(None)
             most -= 1
+
+
+class _Counter:
+    """Counts the items that have ended, and tells a ``progress`` of it now and then, and at the end."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        items: object,
+        on_hook_error: OnHookError | None,
+        die: Callable[[BaseException], None],
+    ) -> None:
+        self._progress = progress
+        self._total = len(items) if isinstance(items, Sized) else None
+        self._on_hook_error = on_hook_error
+        self._die = die
+        self._done = 0
+        self._failed = 0
+        self._next = -math.inf  # when it may be called again
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, *, failed: bool) -> None:
+        self._done += 1
+        self._failed += failed
+        if self._timer is None:  # or it will be told with those to come
+            loop = asyncio.get_running_loop()
+            if loop.time() >= self._next:
+                self._tell()
+            else:
+                self._timer = loop.call_at(self._next, self._tell)
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._tell()
+
+    def _tell(self) -> None:
+        self._timer = None
+        self._next = asyncio.get_running_loop().time() + _PROGRESS_INTERVAL
+        try:
+            try:
+                self._progress(self._done, self._failed, self._total)
+            except Exception as error:
+                report(self._progress, "its call", error, self._on_hook_error)
+        except BaseException as error:  # there may be nobody here who could let it through
+            self._die(error)
 
 
 class FanOut(ABC):
@@ -62,9 +112,12 @@ class FanOut(ABC):
         concurrency: int | asyncio.Semaphore,
         context: object,
         timeout: float | None = None,
+        progress: Progress | None = None,
     ) -> None:
         check_items("items", items)
         check_concurrency(concurrency)
+        if progress is not None:
+            check_callback("progress", "progress(done, failed, total)", progress)
         if timeout is not None:
             check_seconds("timeout", timeout, zero=False)
         self._step = step
@@ -98,6 +151,9 @@ class FanOut(ABC):
         self._ended = False  # no further item will be pulled
         self._stopping = False  # whatever runs is cancelled
         self._error: BaseException | None = None  # of the source, or what is no Exception
+        self._counter: _Counter | None = None
+        if progress is not None:
+            self._counter = _Counter(progress, items, getattr(step, "on_hook_error", None), self._die)
 
     # -- the life of the whole
 
@@ -146,6 +202,12 @@ class FanOut(ABC):
         if self._error is None:
             self._error = error
         self._stop()
+
+    def _end_count(self) -> None:
+        # its last words, and let go of: it holds what holds it
+        counter, self._counter = self._counter, None
+        if counter is not None:
+            counter.end()
 
     def _close_source(self) -> None:
         if self._close is not None:
@@ -218,7 +280,7 @@ class FanOut(ABC):
         # one coroutine with the item's run in it: a layer more is paid for at each suspension
         task = cast("asyncio.Task[None]", asyncio.current_task())
         run, make_context, clock, semaphore = self._run, self._make_context, self._clock, self._semaphore
-        run_numbered = self._run_numbered
+        run_numbered, counter = self._run_numbered, self._counter
         is_timed, variables, size = self._is_timed, self._variables, len(self._variables)
         self._starting = max(0, self._starting - 1)
         while (job := self._take()) is not None:
@@ -245,6 +307,8 @@ class FanOut(ABC):
                 self._fail(job, own, started, error)
             else:
                 self._settle(job, own, started, value)
+                if counter is not None:
+                    counter.add(failed=False)
             finally:
                 if semaphore is not None:
                     self._release(semaphore)
@@ -349,7 +413,10 @@ class FanOut(ABC):
             return self._die(error)
         if isinstance(failure, StageExecutionError) and not failure.is_of_item(*job):
             failure = failure.of_item(*job)
-        return self._settle(job, context, started, None, failure)
+        self._settle(job, context, started, None, failure)
+        if self._counter is not None:
+            self._counter.add(failed=True)
+        return None
 
     @abstractmethod
     def _settle(
@@ -423,6 +490,7 @@ class Batch(FanOut):
             raise
         finally:
             self._close_source()
+            self._end_count()
         # taken out of self, which the tracebacks of the errors hold: a cycle would keep them all alive
         error, results, failures = self._error, self._results, self._failures
         self._error, self._results, self._failures = None, [], {}
@@ -489,11 +557,12 @@ class Stream(FanOut, Generic[Out]):
         concurrency: int | asyncio.Semaphore,
         context: object,
         timeout: float | None = None,
+        progress: Progress | None = None,
         *,
         ordered: bool,
         buffer: int | None,
     ) -> None:
-        super().__init__(step, items, concurrency, context, timeout)
+        super().__init__(step, items, concurrency, context, timeout, progress)
         if buffer is None:
             has_permits = isinstance(concurrency, asyncio.Semaphore)
             buffer = _BUFFER_WITH_SEMAPHORE if has_permits else 2 * cast(int, concurrency)
@@ -530,6 +599,7 @@ class Stream(FanOut, Generic[Out]):
                 super()._fail_closing(self._closing_error)
         if isinstance(self._error, (Exception, asyncio.CancelledError)):
             self._error = None  # its turn has not come
+        self._end_count()
         if error is None and self._error is None:
             self._error = self._closing_error
         # a KeyboardInterrupt goes before the body's error

@@ -29,7 +29,7 @@ from .events import (
     new_run_id,
     report,
 )
-from .fanout import Batch, Stream
+from .fanout import Batch, Progress, Stream
 from .outcome import Outcome
 from .stage import (
     Call,
@@ -395,6 +395,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         context: ContextT | None = None,
         return_exceptions: Literal[False] = False,
         timeout: float | None = None,
+        progress: Progress | None = None,
     ) -> list[Last]: ...
     @overload
     async def map(
@@ -405,6 +406,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         context: ContextT | None = None,
         return_exceptions: bool,
         timeout: float | None = None,
+        progress: Progress | None = None,
     ) -> list[Last | Exception]: ...
     async def map(
         self,
@@ -414,6 +416,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         context: ContextT | None = None,
         return_exceptions: bool = False,
         timeout: float | None = None,
+        progress: Progress | None = None,
     ) -> list[Last] | list[Last | Exception]:
         """Run every item through the pipeline, side by side, and return the results in input order.
 
@@ -432,13 +435,17 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
             return_exceptions: False (the default): the first failure cancels the rest. True: a failed
                 item's error stands in its place in the list.
             timeout: seconds for each item, from its start to its end, as in :meth:`run`.
+            progress: a sync ``(done, failed, total)``, called at most ten times a second while items end, and
+                once at the end, also of a batch that fails: how many items have ended, how many of them
+                failed, and how many there are, or ``None`` if ``items`` has no length. It counts as a hook.
 
         Raises:
             BatchError: an item failed; carries ``results`` and ``failures`` by item index.
             TypeError, ValueError: ``items`` or ``concurrency`` is wrong.
             Exception: an error of the source is raised as itself, and cancels the rest.
         """
-        batch = Batch(self, items, concurrency, context, timeout, return_exceptions=return_exceptions)
+        bounds = concurrency, context, timeout, progress
+        batch = Batch(self, items, *bounds, return_exceptions=return_exceptions)
         return cast("list[Last]", await batch.run())
 
     def stream(
@@ -450,6 +457,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         buffer: int | None = None,
         context: ContextT | None = None,
         timeout: float | None = None,
+        progress: Progress | None = None,
     ) -> Stream[Last]:
         """Run items through the pipeline like :meth:`map`, and yield the results while others still run.
 
@@ -461,7 +469,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         ends the stream; ``results.outcomes()`` goes on instead.
 
         Args:
-            items, concurrency, context, timeout: as for :meth:`map`.
+            items, concurrency, context, timeout, progress: as for :meth:`map`.
             ordered: True (the default) yields in input order, each as soon as it and all before it are
                 ready; False as they finish.
             buffer: how many items are in flight or finished but not yet taken, at most; memory is bounded
@@ -474,7 +482,8 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
             TypeError, ValueError: an argument is wrong.
             StageExecutionError: by the iteration, for a failed item.
         """
-        return Stream(self, items, concurrency, context, timeout, ordered=ordered, buffer=buffer)
+        bounds = concurrency, context, timeout, progress
+        return Stream(self, items, *bounds, ordered=ordered, buffer=buffer)
 
     def replace(self, **options: Any) -> Self:
         """Return a pipeline like this one with other options, ``stages`` or ``name``.

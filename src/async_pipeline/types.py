@@ -21,13 +21,13 @@ else:
     ContextT = TypeVar("ContextT", bound=object)
 
 __all__ = [
+    "NEVER_AWAITABLE",
     "AfterStageHook",
     "BeforeStageHook",
     "ContextT",
     "DefaultContext",
     "Handler",
     "Middleware",
-    "NEVER_AWAITABLE",
     "OnError",
     "Part",
     "Step",
