@@ -138,6 +138,8 @@ class TestWords:
             ({"before_stage": log}, ": before_stage log"),
             ({"after_stage": log_end}, ": after_stage log_end"),
             ({"middlewares": [trace]}, ": 1 middleware"),
+            ({"observers": [print]}, ": 1 observer"),
+            ({"observers": [print, repr], "on_hook_error": print}, ": 2 observers, on_hook_error print"),
             ({"middlewares": [trace, trace], "before_stage": log}, ": before_stage log, 2 middlewares"),
         ],
     )

@@ -18,6 +18,7 @@ import pytest
 from async_pipeline import (
     BatchError,
     DeadlineExceeded,
+    Event,
     Finish,
     Outcome,
     Pipeline,
@@ -1383,3 +1384,66 @@ class TestConstruction:
         assert Own([double]).name == "pipeline"
         with pytest.raises(TypeError):
             Pipeline[int]
+
+
+class TestReplace:
+    @staticmethod
+    def full() -> Pipeline[int, int]:
+        return Pipeline(
+            [double],
+            name="full",
+            before_stage=lambda name, value: None,
+            after_stage=lambda name, value, output, error: None,
+            middlewares=[lambda call, name, value, context: call(value + 1)],
+            observers=[print],
+            on_hook_error=print,
+        )
+
+    def test_other_options_stand_in_for_the_old_ones(self) -> None:
+        seen: list[Event] = []
+        pipeline: Pipeline[int, int] = Pipeline([double], name="a")
+        other = pipeline.replace(name="b", stages=[add_one, double], observers=[seen.append])
+        assert run_virtually(other.run(1)) == 4
+        assert (other.name, [stage.name for stage in other.stages]) == ("b", ["add_one", "double"])
+        assert {event.pipeline for event in seen} == {"b"}
+        assert (pipeline.name, pipeline.observers, len(pipeline.stages)) == ("a", (), 1)
+
+    def test_the_rest_is_kept(self) -> None:
+        full = self.full()
+        same = full.replace()
+        assert same is not full
+        assert (same.stages, same.name, same._options()) == (full.stages, full.name, full._options())
+        assert set(same._options()) == {
+            "before_stage",
+            "after_stage",
+            "middlewares",
+            "observers",
+            "on_hook_error",
+        }
+        quiet = full.replace(before_stage=None, after_stage=None, middlewares=None, observers=())
+        assert set(quiet._options()) == {"on_hook_error"}
+        assert run_virtually(quiet.run(1)) == 2
+
+    def test_a_subclass_keeps_what_it_has_set(self) -> None:
+        class Labelled(Pipeline[int, int]):
+            def __init__(self, label: str) -> None:
+                super().__init__([double], name=label)
+                self.label = label
+
+        labelled = Labelled("x").replace(middlewares=[lambda call, name, value, context: call(value + 1)])
+        assert type(labelled) is Labelled
+        assert (labelled.label, labelled.name) == ("x", "x")
+        assert run_virtually(labelled.run(1)) == 4
+
+    def test_what_is_wrong_is_refused_as_by_the_constructor(self) -> None:
+        pipeline: Pipeline[int, int] = Pipeline([double])
+        with pytest.raises(TypeError, match="unexpected keyword argument 'timeout'"):
+            pipeline.replace(timeout=1)
+        with pytest.raises(ValueError, match="at least one stage"):
+            pipeline.replace(stages=[])
+
+    def test_what_it_was_given_can_be_read(self) -> None:
+        full = self.full()
+        assert (full.observers, full.on_hook_error, len(full.middlewares)) == ((print,), print, 1)
+        plain: Pipeline[int, int] = Pipeline([double])
+        assert (plain.observers, plain.on_hook_error, plain.middlewares) == ((), None, ())

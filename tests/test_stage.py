@@ -8,6 +8,7 @@ import functools
 import gc
 import inspect
 import itertools
+import logging
 import math
 import operator
 import pickle
@@ -570,6 +571,17 @@ class TestRetries:
             await task
         assert calls == [1]
         assert task.cancelled()
+
+
+class TestLogging:
+    async def test_a_retry_is_a_record_for_who_debugs(self, caplog: pytest.LogCaptureFixture) -> None:
+        flaky = Flaky(ValueError())
+        with caplog.at_level(logging.DEBUG, "async_pipeline"):
+            await Stage("flaky", flaky, retries=1).run(1)
+            await Stage("fine", str).run(1)
+        (record,) = caplog.records
+        assert record.levelno == logging.DEBUG
+        assert record.getMessage() == "Attempt 1 of stage 'flaky' failed; the next in 0 s"
 
 
 class TestRetryOn:

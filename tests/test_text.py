@@ -101,6 +101,10 @@ def after(stage_name: str, value: Any, output: Any, error: Any) -> None:
     LOG.append(("after", stage_name, output))
 
 
+def seen(event: Any) -> None:
+    LOG.append(event)
+
+
 async def times_ten(next_stage: Any, stage_name: str, value: Any, context: Any) -> Any:
     return small(await next_stage(value) * 10)
 
@@ -334,6 +338,20 @@ class TestWriting:
             parameters = inspect.signature(kind.type).parameters.values()
             named = {p.name for p in parameters if p.default is not p.empty}
             assert set(kind.codecs()) >= named
+
+    def test_observers(self) -> None:
+        observed = one(add_one, observers=[seen], on_hook_error=seen)
+        written = json.loads(observed.dumps())["pipeline"]
+        assert (written["observers"], written["on_hook_error"]) == ([f"{HERE}:seen"], f"{HERE}:seen")
+        loaded = again(observed)
+        assert (loaded.observers, loaded.on_hook_error) == ((seen,), seen)
+        recorder: list[Any] = []
+        recording = one(add_one, observers=[recorder.append])
+        assert refusal(recording).startswith("the pipeline can't be written: observers (")
+        registry = {"recorder": recorder.append}
+        text = recording.dumps(registry=registry)
+        loaded = Pipeline.loads(text, registry={**registry, f"{HERE}:add_one": add_one})
+        assert loaded.observers == (recorder.append,)
 
     def test_hooks_and_middlewares(self) -> None:
         hooked = Pipeline([add_one], before_stage=before, after_stage=after, middlewares=[times_ten])
