@@ -172,18 +172,23 @@ class Watch(NamedTuple):
     on_hook_error: OnHookError | None
 
     def tell(self, event: Event) -> None:
-        """Hand an event to each observer, and raise then what ``on_hook_error`` has raised, if it has."""
+        """Hand an event to each observer, and raise what ``on_hook_error`` has raised when all were told."""
         raised: BaseException | None = None
         for observer in self.observers:
             try:
                 observer(event)
-            except Exception as error:
+            except BaseException as error:
                 raised = self.report(observer, event, error) or raised
-        if raised is not None:
-            raise raised
+        try:
+            if raised is not None:
+                raise raised
+        finally:
+            del raised  # its traceback holds this frame
 
-    def report(self, observer: Observer, event: Event, error: Exception) -> BaseException | None:
-        """Report an observer's exception, and return what ``on_hook_error`` has raised."""
+    def report(self, observer: Observer, event: Event, error: BaseException) -> BaseException | None:
+        """Report an observer's exception, and return what has to be raised when all have been told."""
+        if not isinstance(error, Exception):
+            return error
         what = event.pipeline if event.stage is None else event.stage
         try:
             report(observer, f"{event.kind} of {what!r}", error, self.on_hook_error)

@@ -114,8 +114,9 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
             starts after its ``before_stage`` and ends before its ``after_stage``; its middlewares are part
             of it. An exception of an observer is logged like that of a hook.
         on_hook_error: a sync ``(error)``, called with an exception of a hook, an observer or a ``progress``
-            of this pipeline instead of logging it. What it raises leaves the run, so that a test can be
-            made to fail: ``def on_hook_error(error): raise error``.
+            of this pipeline instead of logging it. What it raises is raised where the hook was called, so
+            that a test fails: ``def on_hook_error(error): raise error``. (A :func:`~async_pipeline.fallback`
+            or a middleware around may take it for an error of the stage.)
 
     Raises:
         TypeError: an argument of the wrong type, or a callable that does not take what it will be given.
@@ -240,8 +241,9 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
             if timeout is None and not self._is_watched:
                 return await self._run_all(value, context, None)
             state = RunState(timeout, item_index)
-            run = self._run_observed if self.observers else self._run_bound
-            return await run(value, context, state)
+            if self.observers:
+                return await self._run_observed(value, context, state, is_outermost=True)
+            return await self._run_bound(value, context, state)
         except Finish as finish:
             return finish.value
 
@@ -249,32 +251,32 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         run = self._run_all(value, context, state)
         return run if state.deadline.scope is None else state.bound(run, self.name)
 
-    async def _run_observed(self, value: Any, context: Any, outer: RunState) -> Any:
+    async def _run_observed(self, value: Any, context: Any, outer: RunState, *, is_outermost: bool) -> Any:
         """Run, alone or as a step, and tell the observers that it starts, and how it ends."""
-        skip = len(outer.path) + 1 if outer.path else 0
+        skip = 0 if outer.path is None else len(outer.path) + 1
         watch = Watch(self.observers, self.name, new_run_id(), skip, self.on_hook_error)
         state = outer.watched_by(watch)
-        started = state.deadline.clock()
-        about = watch.run_id, self.name, None, state.item_index, state.element
+        run = self._run_bound if is_outermost else self._run_all
         outcome: OutcomeName = "ok"
         cause: BaseException | None = None
+        started = state.deadline.clock()
+        about = watch.run_id, self.name, None, state.item_index, state.element
         try:
             watch.tell(Event("run_start", started, *about))
-            run = self._run_all if skip else self._run_bound
             return await run(value, context, state)
         except BaseException as error:
             # of the outermost run, a deadline is an error of its own
-            outcome = outcome_of(error, bool(skip) and state.is_over())
+            outcome = outcome_of(error, not is_outermost and state.is_over())
             cause = None if outcome == "finished" else error
-            if isinstance(error, StageExecutionError) and state.item_index is not None and not skip:
+            if is_outermost and state.item_index is not None and isinstance(error, StageExecutionError):
                 cause = error.of_item(state.item_index, value)
             raise
         finally:
             now = state.deadline.clock()
-            ended = EndEvent("run_end", now, *about, outcome, 1, now - started, cause)
-            del cause  # its traceback holds this frame
-            watch.tell(ended)
-            del ended
+            try:
+                watch.tell(EndEvent("run_end", now, *about, outcome, 1, now - started, cause))
+            finally:
+                del cause  # its traceback holds this frame
 
     @property
     def _run_item(self) -> Callable[..., Any] | None:
@@ -289,7 +291,8 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
             if getattr(run, "__func__", None) is not Pipeline.run:
                 return await run(value, context=context)  # a subclass's own
             if self.observers:
-                return await self._run_observed(value, context, RunState() if state is None else state)
+                outer = RunState() if state is None else state
+                return await self._run_observed(value, context, outer, is_outermost=False)
             return await self._run_all(value, context, state)
         except StageExecutionError as error:
             raise error.within(self.name)  # noqa: B904 - it has its cause already

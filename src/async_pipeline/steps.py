@@ -200,7 +200,7 @@ class _Composite(Joinable[In, Out]):
 
     __slots__ = ("_is_watched", "name")
     _HINT = ""
-    _is_watched: bool
+    _is_watched: bool  # by the observers of a pipeline inside
 
     def __init__(self, name: str) -> None:
         if not isinstance(name, str):
@@ -229,8 +229,9 @@ class _Composite(Joinable[In, Out]):
         Raises:
             StageExecutionError: a step inside failed, or this one did; ``stage_name`` is the path.
         """
+        state = RunState() if self._is_watched else None
         try:
-            return cast(Out, await self._run(value, {} if context is None else context))
+            return cast(Out, await self._run(value, {} if context is None else context, state))
         except Finish as finish:
             return cast(Out, finish.value)
 
@@ -841,6 +842,7 @@ class Require(_Composite[Any, Any]):
         super().__init__(name)
         if not fields:
             raise ValueError("require requires at least one field")
+        self._is_watched = False
         for field in fields:
             if not isinstance(field, str):
                 raise TypeError(f"a field must be a str, not {field!r}; write require('id', 'email')")
