@@ -8,7 +8,7 @@ import pickle
 import random
 import re
 import types
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
@@ -339,7 +339,10 @@ class TestCallbacks:
         class Async:
             async def __call__(self, event: Event) -> None: ...
 
-        for wrong in (observer, Async(), functools.partial(observer), AsyncMock()):
+        async def stream(event: Event) -> AsyncIterator[None]:
+            yield
+
+        for wrong in (observer, Async(), functools.partial(observer), AsyncMock(), stream):
             with pytest.raises(TypeError, match=r"^an observer must be sync, but .* is async"):
                 check_observers([wrong])
 

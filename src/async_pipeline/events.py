@@ -4,7 +4,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterable
-from inspect import iscoroutinefunction
+from inspect import isasyncgenfunction, iscoroutinefunction
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from .context import check_arguments, wants_context
@@ -39,9 +39,9 @@ class Event:
 
     A run is one call of ``run`` or ``try_run``, or one item of ``map`` or ``stream``. Each start has
     exactly one end, whatever happens: a ``run_end`` has the ``run_id`` of its ``run_start``, a
-    ``stage_end`` also the ``stage`` and the ``element``. An end, and the start of what comes after it, are
-    told in the task in which the stage runs, so that what an observer sets in a context variable at a
-    start is seen by the handler, and can be taken back at the end.
+    ``stage_end`` also the ``stage`` and the ``element``. Both are told in the task in which the run or the
+    stage runs, so that what an observer sets in a context variable at a start is seen by the handler, and
+    can be taken back at the end.
 
     Attributes:
         kind: ``"run_start"``, ``"run_end"``, ``"stage_start"``, ``"stage_end"``, or ``"attempt_failed"``: the
@@ -51,7 +51,8 @@ class Event:
         pipeline: the name of the pipeline whose observer this is.
         stage: the path of the stage from there, like ``"enrich/price"``; ``None`` for the run itself. Steps
             with others inside are stages, too.
-        item_index: in ``map`` and ``stream`` the item's index, counted from 0; else ``None``.
+        item_index: in ``map`` and ``stream`` the item's index, counted from 0; else ``None``, also where a
+            subclass has a ``run`` of its own.
         element: inside ``each`` and ``keep`` the element's index, in a tuple; inside two of them there are
             two; else ``()``.
         outcome: of an end: ``"ok"``; ``"finished"`` early, by a :class:`~async_pipeline.Finish`;
@@ -228,6 +229,9 @@ def check_hook(shape: str, function: Callable[..., Any] | None) -> Hook:
         raise TypeError(f"{parameter}={function!r} can't be used: {error}") from None
 
 
+_ASYNC = (iscoroutinefunction, isasyncgenfunction)
+
+
 def check_callback(parameter: str, shape: str, function: Any) -> None:
     """Raise unless it is a sync callable that can be called as ``shape`` says.
 
@@ -238,7 +242,7 @@ def check_callback(parameter: str, shape: str, function: Any) -> None:
         raise TypeError(
             f"{parameter} must be a sync callable {shape}, not {function!r}; of a class, an instance"
         )
-    if iscoroutinefunction(function) or iscoroutinefunction(type(function).__call__):
+    if any(is_async(part) for part in (function, type(function).__call__) for is_async in _ASYNC):
         raise TypeError(f"{parameter} must be sync, but {function!r} is async, and nobody would await it")
     try:
         check_arguments(function, shape)

@@ -207,7 +207,14 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         shared: Any = {} if context is None else context
         value: Any = initial_value
         if self._is_guarded or timeout is not None:
-            guarded: Last = await self._run_guarded(value, shared, None, timeout)
+            try:
+                if self._is_watched or timeout is not None:
+                    value = await self._run_with_state(value, shared, RunState(timeout))
+                else:
+                    value = await self._run_all(value, shared, None)
+            except Finish as finish:
+                value = finish.value
+            guarded: Last = value
             return guarded
         try:
             for _, call, wants, is_async, link in self._links:  # noqa: B007 - used below
@@ -233,19 +240,11 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
     def _call(self) -> Call:
         return self._run
 
-    async def _run_guarded(
-        self, value: Any, context: Any, item_index: int | None, timeout: float | None
-    ) -> Any:
-        """Run with hooks, a deadline or observers, of this pipeline or of one inside it."""
-        try:
-            if timeout is None and not self._is_watched:
-                return await self._run_all(value, context, None)
-            state = RunState(timeout, item_index)
-            if self.observers:
-                return await self._run_observed(value, context, state, is_outermost=True)
-            return await self._run_bound(value, context, state)
-        except Finish as finish:
-            return finish.value
+    def _run_with_state(self, value: Any, context: Any, state: RunState) -> Coroutine[Any, Any, Any]:
+        """Run as the outermost pipeline, with a deadline or with observers, here or further inside."""
+        if self.observers:
+            return self._run_observed(value, context, state, is_outermost=True)
+        return self._run_bound(value, context, state)
 
     def _run_bound(self, value: Any, context: Any, state: RunState) -> Coroutine[Any, Any, Any]:
         run = self._run_all(value, context, state)
@@ -279,10 +278,16 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
                 del cause  # its traceback holds this frame
 
     @property
-    def _run_item(self) -> Callable[..., Any] | None:
+    def _run_item(self) -> Callable[..., Coroutine[Any, Any, Any]] | None:
         """How to run an item of a batch, where those who watch are to know its index."""
         is_own = getattr(self.run, "__func__", None) is Pipeline.run
-        return self._run_guarded if self._is_watched and is_own else None
+        return self._run_numbered if self._is_watched and is_own else None
+
+    async def _run_numbered(self, value: Any, context: Any, index: int, timeout: float | None) -> Any:
+        try:
+            return await self._run_with_state(value, context, RunState(timeout, index))
+        except Finish as finish:
+            return finish.value
 
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
         """Run as a step of another pipeline."""
@@ -305,15 +310,14 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         # the hooks are called here and not by a coroutine of their own: that took 2.5 times as long
         before, before_wants = self._before
         after, after_wants = self._after
-        handler = self.on_hook_error
-        shown = state if state is not None and state.watches else None
-        limited = state if state is not None and state.deadline.scope is not None else None
+        shown = limited = None
+        if state is not None:
+            shown = state if state.watches else None
+            limited = state if state.deadline.scope is not None else None
         try:
             for name, call, wants, is_async, link in self._links:
-                if limited is not None:
-                    limited.begin_stage()
-                elif shown is not None:
-                    shown.attempts = 1
+                if state is not None:
+                    state.begin_stage()
                 try:
                     # inside the try: an after_stage belongs to a before_stage that was cancelled, too
                     if before is not None:
@@ -322,20 +326,25 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
                             if fired is not None and is_awaitable(fired):
                                 await fired
                         except Exception as error:
-                            report(before, f"stage {name!r}", error, handler)
+                            report(before, f"stage {name!r}", error, self.on_hook_error)
                             raise_cancellation(error)
                         if limited is not None:
                             limited.check()
                     try:
-                        if shown is not None:
-                            output = await link.watched.run(value, context, shown)
+                        if state is None:
+                            output = call(value, context) if wants else call(value)
+                        elif shown is not None:
+                            output = link.watched.run(value, context, shown)
+                        elif wants == _WITH_STATE:
+                            output = call(value, context, state)
                         else:
-                            if wants == _WITH_STATE:
-                                output = call(value, context, state)
-                            else:
-                                output = call(value, context) if wants else call(value)
-                            if is_async or (type(output) not in NEVER_AWAITABLE and is_awaitable(output)):
-                                output = await output
+                            output = call(value, context) if wants else call(value)
+                        if (
+                            is_async
+                            or shown is not None
+                            or (type(output) not in NEVER_AWAITABLE and is_awaitable(output))
+                        ):
+                            output = await output
                     except Exception as error:
                         if link.is_direct and shown is None:
                             raise StageExecutionError(name, error) from error
@@ -345,10 +354,20 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
                             raise
                         raise finish_of(group) from None
                 except Finish as finish:
-                    await fire(self._after, context, name, value, finish.value, None, on_hook_error=handler)
+                    await fire(
+                        self._after,
+                        context,
+                        name,
+                        value,
+                        finish.value,
+                        None,
+                        on_hook_error=self.on_hook_error,
+                    )
                     raise
                 except BaseException as error:
-                    await fire(self._after, context, name, value, None, error, on_hook_error=handler)
+                    await fire(
+                        self._after, context, name, value, None, error, on_hook_error=self.on_hook_error
+                    )
                     raise
                 if after is not None:
                     try:
@@ -360,7 +379,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
                         if fired is not None and is_awaitable(fired):
                             await fired
                     except Exception as error:
-                        report(after, f"stage {name!r}", error, handler)
+                        report(after, f"stage {name!r}", error, self.on_hook_error)
                         raise_cancellation(error)
                 value = output
                 if limited is not None and not link.is_last:

@@ -684,7 +684,8 @@ class RunState:
 
     def begin_stage(self) -> None:
         self.attempts = 1
-        self._forget_requests()
+        if self.deadline.scope is not None:
+            self._forget_requests()
 
     def _forget_requests(self) -> None:
         """Between two stages: what has not ended the run has been left behind, or swallowed."""
