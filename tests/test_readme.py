@@ -87,9 +87,10 @@ def shell_line(text: str, name: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def virtual_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let an ``asyncio.run`` inside a block get a virtual clock, too."""
+def virtual_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let an ``asyncio.run`` inside a block get a virtual clock, too, and what it writes a folder to go to."""
     monkeypatch.setattr(asyncio.events, "new_event_loop", VirtualClockLoop)
+    monkeypatch.chdir(tmp_path)
 
 
 # ---- the README
