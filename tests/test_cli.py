@@ -1117,6 +1117,149 @@ def shown(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("shown")
+class TestPictures:
+    """``--report`` and ``--trace``."""
+
+    BOTH = ("--report", "run.html", "--trace", "run.json")
+
+    @staticmethod
+    def slices() -> list[dict[str, Any]]:
+        entries = json.loads(Path("run.json").read_text())["traceEvents"]
+        return [entry for entry in entries if entry["ph"] == "X"]
+
+    def test_both_tell_of_each_item(self, here: Cli) -> None:
+        result = here("run", "jobs:nested", *self.BOTH, "--errors", "bad", stdin=numbers(1, 2, "no", 3))
+        # twice a number is never odd, and the third line is no item
+        assert (result.code, result.out) == (1, "")
+        runs = [entry for entry in self.slices() if entry["name"] == "pipeline"]
+        assert [entry["args"]["item_index"] for entry in runs] == [0, 1, 3]
+        assert [entry["args"]["outcome"] for entry in runs] == ["error"] * 3
+        assert [entry["name"] for entry in self.slices()].count("inner/odd") == 3
+        page = Path("run.html").read_text()
+        assert "inner" in page
+        assert "ValueError" in page
+        assert "6 is even" in page
+
+    def test_the_results_are_the_same(self, here: Cli) -> None:
+        assert here("run", "jobs:swapped", *self.BOTH, stdin=numbers(0, 1)) == (0, numbers(0, 1), "")
+        assert len(self.slices()) == 4
+
+    @pytest.mark.parametrize("option", ["--report", "--trace"])
+    def test_one_alone(self, here: Cli, option: str) -> None:
+        assert here("run", "jobs:doubled", option, "file", stdin=numbers(1)) == (0, "2\n", "")
+        text = Path("file").read_text()
+        assert text.lower().startswith("<!doctype html>" if option == "--report" else '{"traceevents"')
+        assert not Path("run.html").exists()
+
+    def test_the_pipelines_own_observers_go_on(self, here: Cli) -> None:
+        module(
+            """
+            from async_pipeline import Pipeline
+            pipeline = Pipeline([str], observers=[lambda event: print(event.kind, event.item_index)])
+            """
+        )
+        result = here("run", "other:pipeline", *self.BOTH, stdin=numbers(1))
+        assert result.err.splitlines() == [
+            "run_start 0",
+            "stage_start 0",
+            "stage_end 0",
+            "run_end 0",
+        ]
+
+    def test_a_pipeline_with_a_run_of_its_own_works(self, here: Cli) -> None:
+        module(
+            """
+            from async_pipeline import Pipeline
+            class Own(Pipeline):
+                async def run(self, value, *, context=None):
+                    return await super().run(value, context=context)
+            pipeline = Own([str])
+            """
+        )
+        assert here("run", "other:pipeline", *self.BOTH, stdin=numbers(1)).values == ["1"]
+        assert [entry["name"] for entry in self.slices()] == ["pipeline", "str"]
+
+    def test_they_are_written_after_ctrl_c(self) -> None:
+        with Live("run", "jobs:hanging", *self.BOTH) as command:
+            command.send(numbers(1, 2, 3))
+            assert [command.line(), command.line()] == ["1\n", "2\n"]
+            command.interrupt()
+            assert command.end()[0] == 130
+        runs = [entry["args"] for entry in self.slices() if entry["name"] == "pipeline"]
+        assert [run["outcome"] for run in runs] == ["ok", "ok", "cancelled"]
+        assert "hang_at_3" in Path("run.html").read_text()
+
+    def test_they_are_written_when_the_reader_has_gone(self) -> None:
+        with Live("run", "jobs:same", *self.BOTH) as command:
+            command.send(numbers(1))
+            assert command.line() == "1\n"
+            command.stdout.close()
+            command.send(numbers(*range(100_000)))
+            assert command.end() == (0, "")
+        assert len(self.slices()) >= 2
+        assert Path("run.html").exists()
+
+    @pytest.mark.parametrize("option", ["--report", "--trace"])
+    @pytest.mark.parametrize(("path", "reason"), [("nowhere/file", "no folder"), (".", "it is a folder")])
+    def test_where_nothing_can_be_written(self, here: Cli, option: str, path: str, reason: str) -> None:
+        result = here("run", "jobs:same", option, path, stdin=numbers(1))
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith(f"async-pipeline: the {option[2:]} {path!r} can't be written: ")
+        assert reason in result.err
+
+    def test_what_can_no_longer_be_written_does_not_lose_the_other(self, here: Cli) -> None:
+        module(
+            """
+            import shutil
+            from async_pipeline import Pipeline
+            pipeline = Pipeline([lambda x: shutil.rmtree("gone")])
+            """
+        )
+        Path("gone").mkdir()
+        arguments = ("run", "other:pipeline", "--report", "gone/run.html", "--trace", "run.json")
+        result = here(*arguments, stdin=numbers(1))
+        assert (result.code, result.out) == (1, "null\n")
+        assert result.err == (
+            "async-pipeline: the report 'gone/run.html' can't be written: No such file or directory\n"
+        )
+        assert len(self.slices()) == 2
+
+    def test_a_failure_of_items_and_of_a_picture_is_one_exit_status(self, here: Cli) -> None:
+        module(
+            """
+            import shutil
+            from async_pipeline import Pipeline
+            def fail(x):
+                shutil.rmtree("gone")
+                raise KeyboardInterrupt
+            pipeline = Pipeline([fail])
+            """
+        )
+        Path("gone").mkdir()
+        result = here("run", "other:pipeline", "--trace", "gone/run.json", stdin=numbers(1))
+        assert result.code == 130
+        assert "the trace 'gone/run.json' can't be written" in result.err
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--report", "file", "--trace", "./file"], "--report and --trace are the same file"),
+            (["--output", "file", "--trace", "file"], "--output and --trace are the same file"),
+            (["--errors", "file", "--report", "file"], "--errors and --report are the same file"),
+            (["--input", "stdin", "--report", "stdin"], "--input and --report are the same file"),
+        ],
+    )
+    def test_two_into_one_file(self, here: Cli, options: list[str], message: str) -> None:
+        result = here("run", "jobs:same", *options, stdin=numbers(1))
+        assert (result.code, result.err) == (2, f"async-pipeline: {message}\n")
+        assert Path("stdin").read_text() == numbers(1)
+
+    def test_both_may_go_to_what_is_no_file(self, here: Cli) -> None:
+        result = here("run", "jobs:same", "--report", os.devnull, "--trace", os.devnull, stdin=numbers(1))
+        assert result == (0, "1\n", "")
+        assert Path(os.devnull).is_char_device()
+
+
 class TestShow:
     def test_a_tree_by_default(self, here: Cli) -> None:
         tree = "small (pipeline)\n├─ fetch: timeout 2 s\n└─ parallel\n   └─ price\n"
