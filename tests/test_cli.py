@@ -1116,7 +1116,6 @@ def shown(folder: Path) -> None:
     module(SHOWN, name="shown")
 
 
-@pytest.mark.usefixtures("shown")
 class TestPictures:
     """``--report`` and ``--trace``."""
 
@@ -1260,6 +1259,7 @@ class TestPictures:
         assert Path(os.devnull).is_char_device()
 
 
+@pytest.mark.usefixtures("shown")
 class TestShow:
     def test_a_tree_by_default(self, here: Cli) -> None:
         tree = "small (pipeline)\n├─ fetch: timeout 2 s\n└─ parallel\n   └─ price\n"
