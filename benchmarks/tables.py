@@ -1,7 +1,7 @@
 """Which contenders meet in which row, and the Markdown that becomes of it."""
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from async_pipeline import __version__
@@ -72,6 +72,12 @@ ROWS = (
 )  # fmt: skip
 
 
+_OBSERVED: dict[str, tuple[Callable[[int], object], dict[str, int]]] = {
+    "plain async": (work.plain, {}),
+    "plain sync": (work.sync, {}),
+    "with retries": (work.plain, {"retries": 2}),
+}
+
 _COLUMNS = {
     "run": one_by_one(work.run_plain),
     "map": work.map_items,
@@ -95,6 +101,7 @@ def write_tables(effort: Effort, only: str) -> Iterator[str]:
     yield "brackets, the smallest and the largest ratio of a round. Below 1 we are the faster ones."
     yield ""
     yield from _limits(effort, only)
+    yield from _events(effort, only)
     yield from _neighbours(effort, only)
     yield from _growth(effort, only)
 
@@ -119,6 +126,28 @@ def _limits(effort: Effort, only: str) -> Iterator[str]:
         micros = [f"{micros_per_item(seconds[name], count):.2f}" for name in ("limit", "ours")]
         compared = ratio(seconds["ours"], seconds["limit"])
         yield _line(row.title, row.limit_title, *micros, compared, f"≤ {row.reach}{TIMES}")
+    yield ""
+
+
+def _events(effort: Effort, only: str) -> Iterator[str]:
+    if only not in "`observers`":
+        return
+    yield "What two events of a stage cost, for one observer that does nothing (without those of the run):"
+    yield ""
+    yield from _head("stage", "two events, µs", "reach")
+    runs = range(effort.runs // 10)
+    for title, (handler, options) in _OBSERVED.items():
+        contenders = {
+            "observed": work.observed(handler, **options),
+            "more observed": work.observed(handler, work.MORE_STAGES, **options),
+            "unobserved": work.unobserved(handler, **options),
+            "more unobserved": work.unobserved(handler, work.MORE_STAGES, **options),
+        }
+        seconds = measure(contenders, runs, effort.rounds)
+        micros = {name: micros_per_item(each, len(runs)) for name, each in seconds.items()}
+        observed = micros["more observed"] - micros["observed"]
+        cost = (observed - micros["more unobserved"] + micros["unobserved"]) / work.MORE_STAGES
+        yield _line(title, f"{cost:.2f}", "≤ 1.5")
     yield ""
 
 

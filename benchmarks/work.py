@@ -54,6 +54,22 @@ run_sync: Run = _pipeline(sync).run
 run_timeout: Run = _pipeline(plain, timeout=60).run
 run_hooked: Run = Pipeline(_pipeline(plain).stages, before_stage=before, after_stage=after).run
 
+MORE_STAGES = 20
+
+
+def observer(event: object) -> None:
+    """An observer that does nothing."""
+
+
+def observed(handler: Callable[[int], Any], more: int = 0, **options: Any) -> Contender:
+    stages = [Stage("stage", handler, **options)] * (STAGES + more)
+    return one_by_one(Pipeline(stages, observers=[observer]).run)
+
+
+def unobserved(handler: Callable[[int], Any], more: int = 0, **options: Any) -> Contender:
+    return one_by_one(Pipeline([Stage("stage", handler, **options)] * (STAGES + more)).run)
+
+
 suspending_pipeline = _pipeline(suspending)
 
 

@@ -826,7 +826,7 @@ class WatchedStep:
         self._is_leaf = not structure_of(step).parts  # and so makes attempts of its own
 
     async def run(self, value: Any, context: Any, state: RunState) -> Any:
-        path = _joined(state.path, self._name)
+        path = self._name if state.path is None else f"{state.path}/{self._name}"
         own = state.inside(path)
         started = own.deadline.clock()
         own.tell_start(path, started)
@@ -855,7 +855,7 @@ class _WatchedHandler(WatchedStep):
         self._is_async = stage._is_async
 
     async def run(self, value: Any, context: Any, state: RunState) -> Any:
-        path = _joined(state.path, self._name)
+        path = self._name if state.path is None else f"{state.path}/{self._name}"
         started = state.deadline.clock()
         state.tell_start(path, started)
         try:
@@ -885,10 +885,6 @@ def watched(step: Any, name: str, call: Call) -> WatchedStep:
     if type(step) is Stage and call == step._once:
         return _WatchedHandler(step, name)
     return WatchedStep(step, name, call)
-
-
-def _joined(path: str | None, name: str) -> str:
-    return name if path is None else f"{path}/{name}"
 
 
 def _tell_end(state: RunState, path: str, started: float, error: BaseException, is_leaf: bool = True) -> None:
