@@ -18,7 +18,17 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from async_pipeline import Event, Finish, Pipeline, Stage, StageExecutionError, each, fallback, parallel
+from async_pipeline import (
+    Event,
+    Finish,
+    Pipeline,
+    Stage,
+    StageExecutionError,
+    __version__,
+    each,
+    fallback,
+    parallel,
+)
 from async_pipeline.telemetry import PrometheusObserver, ReportRecorder, TraceRecorder
 from async_pipeline.telemetry.opentelemetry import instrument
 
@@ -297,4 +307,6 @@ async def test_all_agree_on_every_count(tmp_path: Path) -> None:
     assert len(traces) == starts["run_start"]
     for span in spans.spans:
         about: Any = span.attributes
+        assert span.instrumentation_scope is not None
+        assert span.instrumentation_scope.version == __version__
         assert span.status.is_unset == (about["async_pipeline.outcome"] in ("ok", "finished"))

@@ -1,5 +1,6 @@
 """What is observable of a run, and how hooks and observers are called."""
 
+import contextlib
 import logging
 import os
 import random
@@ -199,7 +200,7 @@ class Watch(NamedTuple):
 
 
 _ids = random.Random()
-if hasattr(os, "register_at_fork"):  # or a forked process would give its runs the same names
+with contextlib.suppress(AttributeError):  # where there is a fork: its runs would have the same names
     os.register_at_fork(after_in_child=_ids.seed)
 
 

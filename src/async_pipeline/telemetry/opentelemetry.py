@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from time import time_ns
 from typing import Any, TypeVar, cast
 
+from .. import __version__
 from ..context import get_entry
 from ..errors import DeadlineExceeded, Finish, StageExecutionError
 from ..events import Event
@@ -173,9 +174,9 @@ class _Observer:
     def __init__(
         self, tracer_provider: trace.TracerProvider | None, meter_provider: metrics.MeterProvider | None
     ) -> None:
-        self._tracer = trace.get_tracer(_SCOPE, tracer_provider=tracer_provider)
+        self._tracer = trace.get_tracer(_SCOPE, __version__, tracer_provider)
         self._open: dict[tuple[Any, ...], list[_OpenSpan]] = {}
-        meter = metrics.get_meter(_SCOPE, meter_provider=meter_provider)
+        meter = metrics.get_meter(_SCOPE, __version__, meter_provider)
         self._run_duration = _durations_of("run", meter)
         self._stage_duration = _durations_of("stage", meter)
         self._retries = meter.create_counter(
