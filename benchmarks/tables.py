@@ -135,7 +135,7 @@ def _events(effort: Effort, only: str) -> Iterator[str]:
     yield "What two events of a stage cost, for one observer that does nothing (without those of the run):"
     yield ""
     yield from _head("stage", "two events, µs", "reach")
-    runs = range(effort.runs // 10)
+    runs = range(max(1, effort.runs // 10))
     for title, (handler, options) in _OBSERVED.items():
         contenders = {
             "observed": work.observed(handler, **options),

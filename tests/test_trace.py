@@ -50,10 +50,17 @@ class Story:
         self.recorder(EndEvent(*where, outcome, attempts, duration, error))
 
     def fail(
-        self, time: float, stage: str, *element: int, attempt: int = 1, delay: float | None = None
+        self,
+        time: float,
+        stage: str,
+        *element: int,
+        attempt: int = 1,
+        delay: float | None = None,
+        error: Exception | None = None,
     ) -> None:
         where = (time, *self.common, stage, self.item, element)
-        self.recorder(FailedAttempt(*where, attempt=attempt, error=OSError("no"), delay=delay))
+        failed = OSError("no") if error is None else error
+        self.recorder(FailedAttempt(*where, attempt=attempt, error=failed, delay=delay))
 
 
 def written(recorder: TraceRecorder, path: Path) -> list[dict[str, Any]]:
