@@ -90,7 +90,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
     ...     async for row in rows: ...
 
     ``fetch | parse | save`` makes one, too, where one of the first two is a step of this library; joining
-    is flat, but a pipeline with hooks or middlewares stays a step, and keeps them.
+    is flat, but a pipeline with hooks, middlewares or observers stays a step, and keeps them.
 
     A pipeline is immutable, holds no state of a run, and may be used from any number of tasks and event
     loops, also from inside its own handlers. It is a step itself, and then appears as one stage to the
