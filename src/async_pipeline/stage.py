@@ -116,7 +116,7 @@ def _join(before: Any, after: Any) -> Any:
 
     if not (_may_be_step(before) and _may_be_step(after)):
         return NotImplemented
-    # what has hooks or middlewares of its own keeps them, as a step
+    # what has hooks, middlewares or observers of its own keeps them, as a step
     flat = (step.stages if type(step) is Pipeline and step._is_plain else (step,) for step in (before, after))
     return Pipeline([*chain.from_iterable(flat)])
 
