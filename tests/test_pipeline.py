@@ -1447,3 +1447,17 @@ class TestReplace:
         assert (full.observers, full.on_hook_error, len(full.middlewares)) == ((print,), print, 1)
         plain: Pipeline[int, int] = Pipeline([double])
         assert (plain.observers, plain.on_hook_error, plain.middlewares) == ((), None, ())
+
+
+async def test_the_item_is_known_to_the_error_that_ends_its_run_but_not_inside() -> None:
+    outer: list[Event] = []
+    inner: list[Event] = []
+    failing = Pipeline([lambda text: int(text)], name="in", observers=[inner.append])
+    pipeline = Pipeline([str, failing], observers=[outer.append])
+    (failure,) = await pipeline.map([None], return_exceptions=True)
+    assert isinstance(failure, StageExecutionError)
+    assert outer[-1].error is failure
+    assert (failure.item_index, failure.item) == (0, None)
+    told = inner[-1].error
+    assert isinstance(told, StageExecutionError)
+    assert (inner[-1].item_index, told.item_index) == (0, None)

@@ -17,6 +17,7 @@ import pytest
 from async_pipeline import (
     BatchError,
     DeadlineExceeded,
+    Event,
     Finish,
     MissingFieldsError,
     Pipeline,
@@ -1450,3 +1451,34 @@ async def test_a_middleware_may_retry_a_whole_step() -> None:
 
     pipeline = Pipeline([parallel(a=flaky)], middlewares=[RetryMiddleware(retries=1)])
     assert await pipeline.run(7) == {"a": 1}
+
+
+SEEN: list[Event] = []
+OBSERVED: Pipeline[Any, Any] = Pipeline(
+    [Stage("fine", lambda value: True)], name="in", observers=[SEEN.append]
+)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        parallel(a=str, b=OBSERVED),
+        each(OBSERVED),
+        keep(OBSERVED),
+        branch((OBSERVED, str)),
+        branch((Stage("yes", bool), OBSERVED)),
+        branch((Stage("no", lambda value: False), str), otherwise=OBSERVED),
+        fallback(OBSERVED, str),
+        fallback(Stage("fail", lambda value: 1 / 0), OBSERVED),
+        Pipeline([each(fallback(OBSERVED))]),
+    ],
+    ids=lambda step: repr(step)[:40],
+)
+async def test_an_observed_pipeline_inside_is_told_the_index_of_the_item(step: Any) -> None:
+    SEEN.clear()
+    await Pipeline([step]).map([[1], [1]])
+    assert {event.item_index for event in SEEN} == {0, 1}
+    assert {event.stage for event in SEEN} == {None, "fine"}
+    assert {event.element for event in SEEN} == (
+        {(0,)} if "each" in repr(step) or "keep" in repr(step) else {()}
+    )
