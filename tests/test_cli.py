@@ -875,9 +875,9 @@ def test_ctrl_c_keeps_what_was_written(folder: Path) -> None:
         command.interrupt()
         assert command.end() == (
             130,
-            "async-pipeline: interrupted after 2 items; their results are written\n",
+            "async-pipeline: interrupted after 3 items; their results are written\n",
         )
-    assert out.read_text() == "1\n2\n"
+    assert out.read_text() == "1\n2\n4\n"  # also of what waited for its turn
 
 
 def test_ctrl_c_while_the_input_is_silent() -> None:
@@ -920,8 +920,8 @@ def test_ctrl_c_flushes_what_was_held_back(here: Cli) -> None:
     )
     assert here("run", "other:pipeline", stdin=numbers(1, 2, 3, 4)) == (
         130,
-        "1\n2\n",
-        "async-pipeline: interrupted after 2 items; their results are written\n",
+        "1\n2\n4\n",
+        "async-pipeline: interrupted after 3 items; their results are written\n",
     )
 
 
@@ -1187,6 +1187,10 @@ class TestPictures:
         runs = [entry["args"] for entry in self.slices() if entry["name"] == "pipeline"]
         assert [run["outcome"] for run in runs] == ["ok", "ok", "cancelled"]
         assert "hang_at_3" in Path("run.html").read_text()
+
+    def test_a_dash_is_no_file(self, here: Cli) -> None:
+        result = here("run", "jobs:same", "--trace", "-", stdin=numbers(1))
+        assert result == (2, "", "async-pipeline: --trace takes a file\n")
 
     def test_they_are_written_when_the_reader_has_gone(self) -> None:
         with Live("run", "jobs:same", *self.BOTH) as command:

@@ -9,11 +9,13 @@ import random
 import re
 import types
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextvars import ContextVar
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
 import pytest
 
+from async_pipeline import Pipeline
 from async_pipeline.events import (
     EndEvent,
     Event,
@@ -27,6 +29,7 @@ from async_pipeline.events import (
     new_run_id,
     report,
 )
+from tests.helpers import run_virtually
 
 BEFORE = "before_stage(stage_name, value)"
 AFTER = "after_stage(stage_name, value, output, error)"
@@ -256,18 +259,19 @@ class TestWatch:
         def broken(event: Event) -> None:
             raise error
 
-        Watch((broken, got.append), "orders", "00ff", 0, None).tell(self.EVENT)
+        Watch((broken, got.append), (), "orders", "00ff", 0, None).tell(self.EVENT)
         assert got == [self.EVENT]
         (record,) = caplog.records
         assert record.levelno == logging.ERROR
         assert "broken" in record.getMessage()
+        assert record.getMessage().startswith("Observer <function ")
         assert "stage_start of 'fetch'" in record.getMessage()
         assert record.exc_info is not None
         assert record.exc_info[1] is error
 
     def test_of_a_run_the_pipeline_is_named(self, caplog: pytest.LogCaptureFixture) -> None:
-        event = Event("run_end", 0.0, "00ff", "orders", None, None, ())
-        Watch((lambda event: 1 / 0,), "orders", "00ff", 0, None).tell(event)
+        event = EndEvent("run_end", 0.0, "00ff", "orders", None, None, (), "ok", 1, 0.0, None)
+        Watch((), (lambda event: 1 / 0,), "orders", "00ff", 0, None).tell(event)
         assert "run_end of 'orders'" in caplog.text
 
     @pytest.mark.parametrize("kind", [ValueError, SystemExit])
@@ -284,10 +288,35 @@ class TestWatch:
             raise kind("mine")
 
         with pytest.raises(kind, match="mine"):
-            Watch((broken, got.append), "orders", "00ff", 0, on_hook_error).tell(self.EVENT)
+            Watch((broken, got.append), (), "orders", "00ff", 0, on_hook_error).tell(self.EVENT)
         assert got == [self.EVENT]
         assert handled == [error]
         assert not caplog.records
+
+    def test_of_an_end_they_are_told_the_other_way_round(self) -> None:
+        variable: ContextVar[list[str]] = ContextVar("variable")
+
+        def nested(name: str) -> Callable[[Event], None]:
+            tokens = []
+
+            def observer(event: Event) -> None:
+                if event.kind.endswith("_start"):
+                    tokens.append(variable.set([*variable.get([]), name]))
+                else:
+                    variable.reset(tokens.pop())
+
+            return observer
+
+        seen: list[list[str]] = []
+        inner = Pipeline([lambda x: seen.append(variable.get())], observers=[nested("c"), nested("d")])
+
+        async def main() -> bool:
+            await Pipeline([inner], observers=[nested("a"), nested("b")]).run(1)
+            return variable.get(None) is None
+
+        assert run_virtually(main())
+        # the run, its stage, the inner run, and for both pipelines its stage
+        assert seen == [["a", "b", "a", "b", "c", "d", "a", "b", "c", "d"]]
 
     def test_run_ids_are_apart_and_do_not_repeat_with_a_seed(self) -> None:
         random.seed(1)

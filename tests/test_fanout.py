@@ -1336,6 +1336,19 @@ class TestArguments:
             gc.collect()
 
 
+@pytest.mark.virtual
+async def test_what_has_finished_behind_another_item_can_be_had_before_its_turn() -> None:
+    async with pipeline_of(asyncio.sleep).stream([0, 9, 1, 2, 9], 5) as results:
+        assert await anext(results) is None
+        await asyncio.sleep(5)
+        drained = results.drain()
+        assert [(outcome.index, outcome.item, outcome.ok) for outcome in drained] == [
+            (2, 1, True),
+            (3, 2, True),
+        ]
+        assert results.drain() == []
+
+
 class TestProgress:
     """Virtual time, so that what is called when is exact."""
 

@@ -706,6 +706,8 @@ class _Picture:
         self.path = path
         self.recorder = recorder
         self._write = write
+        if path == "-":
+            raise _CommandError(f"{option} takes a file")
         folder = os.path.dirname(os.path.realpath(path))
         if os.path.isdir(path) or not os.access(folder, os.W_OK):
             reason = "it is a folder" if os.path.isdir(path) else "there is no folder to write to"
@@ -853,10 +855,15 @@ class _Run:
 
     async def _consume(self) -> None:
         async with self._stream as results:
-            async for outcome in results.outcomes():
-                self._take(outcome)
-                if self._output.is_full or (self._errors is not None and self._errors.is_full):
-                    await self._flush()
+            try:
+                async for outcome in results.outcomes():
+                    self._take(outcome)
+                    if self._output.is_full or (self._errors is not None and self._errors.is_full):
+                        await self._flush()
+            except asyncio.CancelledError:
+                for outcome in results.drain():  # what has finished behind an item that has not
+                    self._take(outcome)
+                raise
 
     def _take(self, outcome: Outcome[bytes]) -> None:
         self._done += 1

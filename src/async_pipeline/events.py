@@ -42,18 +42,18 @@ class Event:
     exactly one end, whatever happens: a ``run_end`` has the ``run_id`` of its ``run_start``, a
     ``stage_end`` also the ``stage`` and the ``element``. Both are told in the task in which the run or the
     stage runs, so that what an observer sets in a context variable at a start is seen by the handler, and
-    can be taken back at the end.
+    can be taken back at the end: of an end, the observers are told in reverse order.
 
     Attributes:
         kind: ``"run_start"``, ``"run_end"``, ``"stage_start"``, ``"stage_end"``, or ``"attempt_failed"``: the
-            handler of a stage has raised.
+            handler of a stage has raised, or its time was up.
         time: seconds, on the event loop's clock.
         run_id: 16 hexadecimal digits of the run's own.
         pipeline: the name of the pipeline whose observer this is.
         stage: the path of the stage from there, like ``"enrich/price"``; ``None`` for the run itself. Steps
             with others inside are stages, too.
-        item_index: in ``map`` and ``stream`` the item's index, counted from 0; else ``None``, also where a
-            subclass has a ``run`` of its own.
+        item_index: in ``map`` and ``stream`` the index, counted from 0, of the item of the outermost batch;
+            else ``None``, also where a subclass has a ``run`` of its own.
         element: inside ``each`` and ``keep`` the element's index, in a tuple; inside two of them there are
             two; else ``()``.
         outcome: of an end: ``"ok"``; ``"finished"`` early, by a :class:`~async_pipeline.Finish`;
@@ -63,7 +63,8 @@ class Event:
         duration: of an end, the seconds since the start. Else ``None``.
         error: of an end, what the run or the stage has raised: the
             :class:`~async_pipeline.StageExecutionError`, or the cancellation; or else the error that its
-            ``on_error`` has handled. Of a failed attempt, what the handler has raised. Else ``None``.
+            ``on_error`` has handled. Of a failed attempt, the handler's, or a
+            :class:`~async_pipeline.StageTimeoutError`. Else ``None``.
         attempt: of a failed attempt, its number, counted from 1. Else ``None``.
         will_retry: of a failed attempt, whether there will be another one. Else ``None``.
         delay: of a failed attempt that will be retried, in how many seconds. Else ``None``.
@@ -164,10 +165,12 @@ OnHookError: TypeAlias = Callable[[Exception], object]
 class Watch(NamedTuple):
     """The observers of one pipeline in one run of it.
 
-    ``skip`` is where its own paths begin, in those that begin at the outermost pipeline.
+    The ``observers`` are told of a start in their order, and of an end the other way round, like nested
+    context managers. ``skip`` is where its own paths begin, in those that begin at the outermost pipeline.
     """
 
     observers: tuple[Observer, ...]
+    last_first: tuple[Observer, ...]
     pipeline: str
     run_id: str
     skip: int
@@ -176,7 +179,7 @@ class Watch(NamedTuple):
     def tell(self, event: Event) -> None:
         """Hand an event to each observer, and raise what ``on_hook_error`` has raised when all were told."""
         raised: BaseException | None = None
-        for observer in self.observers:
+        for observer in self.observers if event.outcome is None else self.last_first:
             try:
                 observer(event)
             except BaseException as error:
@@ -193,7 +196,7 @@ class Watch(NamedTuple):
             return error
         what = event.pipeline if event.stage is None else event.stage
         try:
-            report(observer, f"{event.kind} of {what!r}", error, self.on_hook_error)
+            report(observer, f"{event.kind} of {what!r}", error, self.on_hook_error, "Observer")
         except BaseException as raised:
             return raised
         return None
@@ -283,10 +286,14 @@ async def fire(
 
 
 def report(
-    hook: Callable[..., Any], where: str, error: Exception, on_hook_error: OnHookError | None = None
+    hook: Callable[..., Any],
+    where: str,
+    error: Exception,
+    on_hook_error: OnHookError | None = None,
+    what: str = "Hook",
 ) -> None:
     """Log an exception of a hook or an observer with its traceback, or hand it to ``on_hook_error``."""
     if on_hook_error is None:
-        logger.error("Hook %r failed at %s; the run goes on", hook, where, exc_info=error)
+        logger.error("%s %r failed at %s; the run goes on", what, hook, where, exc_info=error)
     else:
         on_hook_error(error)

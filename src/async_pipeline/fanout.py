@@ -95,7 +95,7 @@ class _Counter:
             try:
                 self._progress(self._done, self._failed, self._total)
             except Exception as error:
-                report(self._progress, "its call", error, self._on_hook_error)
+                report(self._progress, "its call", error, self._on_hook_error, "Progress")
         except BaseException as error:  # there may be nobody here who could let it through
             self._die(error)
 
@@ -652,6 +652,11 @@ class Stream(FanOut, Generic[Out]):
     def outcomes(self) -> "OutcomeIterator[Out]":
         """Iterate over an :class:`~async_pipeline.Outcome` for each item; a failed one does not end it."""
         return OutcomeIterator(self)
+
+    def drain(self) -> "list[Outcome[Out]]":
+        """Return what has finished but was not taken yet, in order, with gaps where items still run."""
+        ready, self._ready = self._ready, {}
+        return [Outcome(*ready[key]) for key in sorted(ready)]
 
     @property
     def in_flight(self) -> int:

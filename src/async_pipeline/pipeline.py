@@ -115,8 +115,9 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
             of it. An exception of an observer is logged like that of a hook.
         on_hook_error: a sync ``(error)``, called with an exception of a hook, an observer or a ``progress``
             of this pipeline instead of logging it. What it raises is raised where the hook was called, so
-            that a test fails: ``def on_hook_error(error): raise error``. (A :func:`~async_pipeline.fallback`
-            or a middleware around may take it for an error of the stage.)
+            that a test fails: ``def on_hook_error(error): raise error``. There it is an error like others,
+            which a :func:`~async_pipeline.fallback` catches, and which a batch keeps for its item; what is no
+            ``Exception``, like that of ``pytest.fail``, passes through all.
 
     Raises:
         TypeError: an argument of the wrong type, or a callable that does not take what it will be given.
@@ -253,7 +254,8 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
     async def _run_observed(self, value: Any, context: Any, outer: RunState, *, is_outermost: bool) -> Any:
         """Run, alone or as a step, and tell the observers that it starts, and how it ends."""
         skip = 0 if outer.path is None else len(outer.path) + 1
-        watch = Watch(self.observers, self.name, new_run_id(), skip, self.on_hook_error)
+        observers = self.observers, self.observers[::-1]
+        watch = Watch(*observers, self.name, new_run_id(), skip, self.on_hook_error)
         state = outer.watched_by(watch)
         run = self._run_bound if is_outermost else self._run_all
         outcome: OutcomeName = "ok"

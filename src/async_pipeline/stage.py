@@ -720,7 +720,7 @@ class RunState:
     def tell_start(self, path: str, now: float) -> None:
         raised: BaseException | None = None
         for watch in self.watches:
-            observers, pipeline, run_id, skip, _ = watch
+            observers, _, pipeline, run_id, skip, _ = watch
             stage = path[skip:] if skip else path
             event = Event("stage_start", now, run_id, pipeline, stage, self.item_index, self.element)
             for observer in observers:
@@ -741,8 +741,8 @@ class RunState:
         now = self.deadline.clock()
         duration, item_index, element = now - started, self.item_index, self.element
         raised: BaseException | None = None
-        for watch in self.watches:
-            observers, pipeline, run_id, skip, _ = watch
+        for watch in reversed(self.watches):
+            _, observers, pipeline, run_id, skip, _ = watch
             stage = path[skip:] if skip else path
             event = EndEvent(
                 "stage_end",

@@ -29,9 +29,10 @@ class PrometheusObserver:
     ====================================================================== ================================
 
     ``stage`` is the path, like ``enrich/price``; ``outcome`` is ``ok``, ``finished``, ``error``, ``timeout``
-    or ``cancelled``; ``error_type`` is the class of the handler's error, like ``TimeoutError`` or
-    ``httpx.ConnectError``. Each item of ``map`` and ``stream`` is one run. The number of time series depends
-    on the names of pipelines, stages and error classes only, so give pipelines names that do not vary.
+    or ``cancelled``; ``error_type`` is the class of the handler's error, like ``OSError`` or
+    ``httpx.ConnectError``, or of an attempt whose time was up ``async_pipeline.errors.StageTimeoutError``.
+    Each item of ``map`` and ``stream`` is one run. The number of time series depends on the names of
+    pipelines, stages and error classes only, so give pipelines names that do not vary.
 
     Observers of one registry share these metrics, so each pipeline may have one of its own. A pipeline inside
     another one that both have one tells its runs and stages under its own name, too.
