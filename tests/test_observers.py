@@ -1244,11 +1244,11 @@ async def test_a_subclass_with_its_own_run_does_not_know_the_item() -> None:
         assert {event.item_index for event in seen} == indexes
 
 
-async def test_several_observers_are_told_the_same_in_their_order() -> None:
+async def test_several_observers_are_told_the_same_in_order_and_of_ends_the_other_way_round() -> None:
     seen: list[Any] = []
     observers = [lambda event, name=name: seen.append((name, event)) for name in "abc"]
     await Pipeline([plus], observers=observers).run(1)
-    assert [name for name, _ in seen] == [*"abc"] * 4
+    assert [name for name, _ in seen] == [*"abcabccbacba"]
     assert len({event for _, event in seen}) == 4
 
 

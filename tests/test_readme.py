@@ -88,7 +88,7 @@ def shell_line(text: str, name: str) -> str:
 
 @pytest.fixture(autouse=True)
 def virtual_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Let an ``asyncio.run`` inside a block get a virtual clock, too, and what it writes a folder to go to."""
+    """Let an ``asyncio.run`` inside a block get a virtual clock, and what it writes a folder of its own."""
     monkeypatch.setattr(asyncio.events, "new_event_loop", VirtualClockLoop)
     monkeypatch.chdir(tmp_path)
 
