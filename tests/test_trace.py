@@ -303,9 +303,38 @@ class TestLanes:
             "both": "lane 1",
             "both/a": "lane 1",
             "both/a/x": "lane 1",
-            "both/b": "lane 2",
-            "both/b/x": "lane 2",
-            "both/c": "lane 2",
+            "both/b": "lane 1.1",
+            "both/b/x": "lane 1.1",
+            "both/c": "lane 1.1",
+        }
+
+    def test_branches_stay_with_their_item(self, path: Path) -> None:
+        recorder = TraceRecorder()
+        stories = [Story(recorder, str(item), item=item) for item in range(3)]
+        for story in stories[:2]:
+            story.start(0.0)
+            story.start(0.0, "both")
+        for stage in ("both/a", "both/b", "both/c"):
+            for story in stories[:2]:
+                story.start(0.0, stage)
+        for story in stories[:2]:
+            story.end(1.0, "both/b")
+            story.start(1.0, "both/d")
+        for stage in ("both/a", "both/c", "both/d", "both", None):
+            stories[0].end(2.0, stage)
+        stories[2].start(3.0)
+        stories[2].start(3.0, "both")
+        stories[2].start(3.0, "both/a")
+        stories[2].start(3.0, "both/b")
+        assert lane_names(written(recorder, path)) == {
+            **{("orders", item): f"lane {item + 1}" for item in (0, 1)},
+            **{("both", item): f"lane {item + 1}" for item in (0, 1)},
+            **{("both/a", item): f"lane {item + 1}" for item in (0, 1)},
+            **{("both/b", item): f"lane {item + 1}.1" for item in (0, 1)},
+            **{("both/c", item): f"lane {item + 1}.2" for item in (0, 1)},
+            **{("both/d", item): f"lane {item + 1}.1" for item in (0, 1)},
+            **{(name, 2): "lane 1" for name in ("orders", "both", "both/a")},
+            ("both/b", 2): "lane 1.1",
         }
 
     def test_elements_find_the_step_around_them(self, path: Path) -> None:
@@ -385,7 +414,7 @@ class TestLanes:
         story.fail(1.5, "outer/inner")
         story.start(2.0, "outer/inner/x")
         other.start(2.0)
-        other.end(3.0)  # its lane is free now, but was not all the time
+        other.end(3.0)
         story.end(4.0, "outer")
         story.end(5.0, "outer/inner/x")
         story.start(5.0, "last")
@@ -393,11 +422,11 @@ class TestLanes:
         later.start(6.0)
         events = written(recorder, path)
         names = lane_names(events)
-        assert names["outer/inner", None] == names["outer/inner/x", None] == "lane 3"
+        assert names["outer/inner", None] == names["outer/inner/x", None] == "lane 1.1"
         assert names["outer", None] == names["last", None] == "lane 1"
         [mark] = (event for event in events if event["ph"] == "i")
         assert mark["tid"] == next(e["tid"] for e in events if e["name"] == "outer/inner")
-        assert slices(events)[-1]["tid"] == slices(events)[4]["tid"]  # lane 2, as 3 comes after it
+        assert slices(events)[-1]["tid"] == slices(events)[4]["tid"]  # lane 2
         check_nesting(events)
 
 

@@ -5,7 +5,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any, TypeAlias
@@ -26,7 +26,7 @@ class TraceRecorder:
 
     A pipeline is a process there, and its threads are lanes: each item in flight has one, which another item
     takes over later. On it are a slice for the run, a slice for each stage, and a mark for each failed
-    attempt; what runs side by side inside the item has further lanes. A slice tells its ``outcome``,
+    attempt; what runs side by side inside the item has further lanes below it. A slice tells its ``outcome``,
     ``attempts``, ``item_index``, ``element`` and the type of its ``error``, as far as it has them.
 
     One recorder may observe several pipelines. It holds no lock; event loops in several threads want one
@@ -83,10 +83,12 @@ class TraceRecorder:
 
     def _start(self, event: Event) -> None:
         around = next((self._open[key][-1] for key in _keys_around(event) if key in self._open), None)
-        if around is not None and around.lane.open[-1] is around:
+        if around is None:
+            lane = self._process(event.pipeline).free_lane()
+        elif around.lane.open[-1] is around:
             lane = around.lane
         else:
-            lane = self._process(event.pipeline).free_lane()
+            lane = around.lane.free_side()
         started = _Slice(event, lane, self._now)
         lane.open.append(started)
         self._open.setdefault(_key(event), []).append(started)
@@ -170,38 +172,61 @@ class _Process:
         self._lanes: list[_Lane] = []
 
     def free_lane(self) -> "_Lane":
-        return heappop(self.free)[1] if self.free else self.new_lane()
-
-    def new_lane(self) -> "_Lane":
-        lane = _Lane(self, next(self._ids))
+        if self.free:
+            return heappop(self.free)[1]
+        lane = _Lane(self, self.new_id())
         self._lanes.append(lane)
         return lane
 
+    def new_id(self) -> int:
+        return next(self._ids)
+
     def entries(self) -> Iterator[dict[str, Any]]:
         yield {"name": "process_name", "ph": "M", "pid": self.id, "args": {"name": self.name}}
-        for number, lane in enumerate(self._lanes, 1):
-            common = {"ph": "M", "pid": self.id, "tid": lane.id}
-            yield {"name": "thread_name", **common, "args": {"name": f"lane {number}"}}
-            yield {"name": "thread_sort_index", **common, "args": {"sort_index": number}}
+        names = (
+            (f"lane {number}.{side}" if side else f"lane {number}", lane.id)
+            for number, home in enumerate(self._lanes, 1)
+            for side, lane in enumerate((home, *home.sides))
+        )
+        for index, (name, id) in enumerate(names, 1):
+            common = {"ph": "M", "pid": self.id, "tid": id}
+            yield {"name": "thread_name", **common, "args": {"name": name}}
+            yield {"name": "thread_sort_index", **common, "args": {"sort_index": index}}
 
 
-@dataclass(slots=True, eq=False)
 class _Lane:
-    process: _Process
-    id: int
-    open: "list[_Slice]" = field(default_factory=list)  # the inner ones after those around them
+    """Where an item is drawn; or, if it has a ``home``, what runs beside it in the same item."""
+
+    __slots__ = ("_free", "_home", "id", "open", "process", "sides")
+
+    def __init__(self, process: _Process, id: int, home: "_Lane | None" = None) -> None:
+        self.process = process
+        self.id = id
+        self.open: list[_Slice] = []  # the inner ones after those around them
+        self.sides: list[_Lane] = []
+        self._home = home
+        self._free: list[tuple[int, _Lane]] = []
+
+    def free_side(self) -> "_Lane":
+        home = self._home or self
+        return heappop(home._free)[1] if home._free else home._new_side()
+
+    def _new_side(self) -> "_Lane":
+        lane = _Lane(self.process, self.process.new_id(), self)
+        self.sides.append(lane)
+        return lane
 
     def leave(self, ended: "_Slice") -> None:
         place = self.open.index(ended)
         longer = self.open[place + 1 :]
         del self.open[place:]
         if longer:  # here they would overlap, and of the other lanes only a new one was free all the time
-            lane = self.process.new_lane()
+            lane = (self._home or self)._new_side()
             lane.open = longer
             for one in longer:
                 one.lane = lane
         if not self.open:
-            heappush(self.process.free, (self.id, self))
+            heappush(self.process.free if self._home is None else self._home._free, (self.id, self))
 
 
 @dataclass(slots=True, eq=False)
