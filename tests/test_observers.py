@@ -1250,6 +1250,11 @@ async def test_several_observers_are_told_the_same_in_order_and_of_ends_the_othe
     await Pipeline([plus], observers=observers).run(1)
     assert [name for name, _ in seen] == [*"abcabccbacba"]
     assert len({event for _, event in seen}) == 4
+    seen.clear()
+    part = Pipeline([plus], name="part", observers=observers[2:])
+    await Pipeline([part], observers=observers[:2]).run(1)
+    order = ["".join(name for name, event in seen if event.kind == kind) for kind in KINDS]
+    assert order == ["abc", "ababc", "", "cbaba", "cba"]
 
 
 async def linger(call_next: Any, name: str, value: Any, context: Any) -> Any:
@@ -1494,9 +1499,10 @@ def merge(value: object) -> object:
 @pytest.mark.parametrize("how", ["timeout", "cancelled", "map"])
 async def test_what_an_observer_sets_can_be_taken_back_at_every_end(end: Any, how: str) -> None:
     errors: list[Exception] = []
-    tracer = Tracer()
-    inner = each(parallel(a=end, b=wait_for_ever, c=Pipeline([fallback(end)])))
-    pipeline: Any = Pipeline([pair, inner], observers=[tracer], on_hook_error=errors.append)
+    tracers = [Tracer(), Tracer(), Tracer()]
+    part = Pipeline([fallback(end)], observers=tracers[2:], on_hook_error=errors.append)
+    inner = each(parallel(a=end, b=wait_for_ever, c=part))
+    pipeline: Any = Pipeline([pair, inner], observers=tracers[:2], on_hook_error=errors.append)
     with contextlib.suppress(StageExecutionError, asyncio.CancelledError):
         if how == "map":
             await pipeline.map([1, 2, 3], 2, timeout=9, return_exceptions=True)
@@ -1504,7 +1510,7 @@ async def test_what_an_observer_sets_can_be_taken_back_at_every_end(end: Any, ho
             await pipeline.run(1, timeout=9)
         else:
             await cancel_after(0.5, pipeline.run(1))
-    assert not tracer.tokens
+    assert not any(tracer.tokens for tracer in tracers)
     assert not errors
     assert span.get("nothing") == "nothing"
 
@@ -1513,7 +1519,9 @@ async def test_what_an_observer_sets_can_be_taken_back_at_every_end(end: Any, ho
 async def test_a_worker_of_a_batch_stays_when_an_observer_has_cleaned_up(variable: str) -> None:
     tasks: set[Any] = set()
     token = span.set(variable) if variable != "nothing" else None
-    pipeline = Pipeline([lambda value: tasks.add(asyncio.current_task()), look_later], observers=[Tracer()])
+    pipeline = Pipeline(
+        [lambda value: tasks.add(asyncio.current_task()), look_later], observers=[Tracer(), Tracer()]
+    )
     await pipeline.map(range(20), 2)
     assert len(tasks) == 2
     if token is not None:

@@ -320,8 +320,9 @@ class TestLanes:
         for story in stories[:2]:
             story.end(1.0, "both/b")
             story.start(1.0, "both/d")
-        for stage in ("both/a", "both/c", "both/d", "both", None):
+        for stage in ("both/a", "both/c", "both/d", "both"):
             stories[0].end(2.0, stage)
+        stories[0].end(2.0)
         stories[2].start(3.0)
         stories[2].start(3.0, "both")
         stories[2].start(3.0, "both/a")

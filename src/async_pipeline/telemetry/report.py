@@ -43,8 +43,8 @@ class ReportRecorder:
 
     It takes the same small memory for a thousand runs and for a million: latencies are kept in buckets, so
     that a percentile is within 1 % of the exact one, and of what may be many there are samples; the page says
-    where. One recorder may observe several pipelines. It holds no lock; event loops in several threads want
-    one each.
+    where. One recorder may observe several pipelines, but not one inside another, whose runs would count
+    twice. It holds no lock; event loops in several threads want one each.
     """
 
     def __init__(self) -> None:
@@ -90,8 +90,11 @@ class ReportRecorder:
             pipeline: the pipeline, or any other step, whose picture is to be on the page; none by default.
 
         Raises:
+            TypeError: ``pipeline`` is no step.
             OSError: it can't be written.
         """
+        if pipeline is not None and not isinstance(getattr(pipeline, "name", None), str):
+            raise TypeError(f"pipeline must be a pipeline or another step, not {pipeline!r}")
         write_whole(path, page_of(self._facts(), pipeline))
 
     def _facts(self) -> "Facts":
