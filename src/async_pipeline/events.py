@@ -129,17 +129,17 @@ class EndEvent(Event):
         error: BaseException | None,
     ) -> None:
         # not by super().__init__(): two events of a stage would take 10 % longer
-        self.kind = kind
+        self.kind: _Kind = kind
         self.time = time
         self.run_id = run_id
         self.pipeline = pipeline
         self.stage = stage
         self.item_index = item_index
         self.element = element
-        self.outcome = outcome
-        self.attempts = attempts
-        self.duration = duration
-        self.error = error
+        self.outcome: OutcomeName | None = outcome
+        self.attempts: int | None = attempts
+        self.duration: float | None = duration
+        self.error: BaseException | None = error
 
 
 class FailedAttempt(Event):
@@ -149,10 +149,10 @@ class FailedAttempt(Event):
 
     def __init__(self, *common: Any, attempt: int, error: Exception, delay: float | None) -> None:
         super().__init__("attempt_failed", *common)
-        self.attempt = attempt
-        self.error = error
-        self.will_retry = delay is not None
-        self.delay = delay
+        self.attempt: int | None = attempt
+        self.error: BaseException | None = error
+        self.will_retry: bool | None = delay is not None
+        self.delay: float | None = delay
 
 
 Observer: TypeAlias = Callable[[Event], object]

@@ -650,10 +650,12 @@ class Deadline:
     __slots__ = ("clock", "scope", "started", "timeout")
 
     def __init__(self, timeout: float | None) -> None:
-        self.clock = asyncio.get_running_loop().time
+        self.clock: Callable[[], float] = asyncio.get_running_loop().time
         self.started: float = self.clock()
         self.timeout: float = math.inf if timeout is None else timeout
-        self.scope = None if timeout is None else asyncio.timeout_at(self.started + timeout)
+        self.scope: asyncio.Timeout | None = (
+            None if timeout is None else asyncio.timeout_at(self.started + timeout)
+        )
 
     def elapsed(self) -> float:
         return self.clock() - self.started
@@ -671,12 +673,12 @@ class RunState:
     def __init__(self, timeout: float | None = None, item_index: int | None = None) -> None:
         if timeout is not None:
             check_seconds("timeout", timeout, zero=False)
-        self.deadline = Deadline(timeout)
+        self.deadline: Deadline = Deadline(timeout)
         self._requests = [
             0 if timeout is None else cancel_requests()
         ]  # of the task, which several states may share
         self.watches: tuple[Watch, ...] = ()
-        self.item_index = item_index
+        self.item_index: int | None = item_index
         self.path: str | None = None  # of the step that runs, from the outermost pipeline that is watched
         self.element: tuple[int, ...] = ()
         self.attempts: int = 1  # at the stage that runs, as far as it is known

@@ -18,8 +18,8 @@ try:
     from opentelemetry import metrics, trace
     from opentelemetry.context import attach, create_key, detach, get_value, set_value
     from opentelemetry.trace import Span, StatusCode
-except ImportError as error:
-    raise ImportError("OpenTelemetry support requires installing async-pipeline[otel]") from error
+except ImportError as _missing:
+    raise ImportError("OpenTelemetry support requires installing async-pipeline[otel]") from _missing
 
 __all__ = ["OpenTelemetryMiddleware", "instrument"]
 

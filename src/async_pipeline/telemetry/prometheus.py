@@ -9,8 +9,8 @@ from ..events import Event
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
-except ImportError as error:
-    raise ImportError("Prometheus support requires installing async-pipeline[prometheus]") from error
+except ImportError as _missing:
+    raise ImportError("Prometheus support requires installing async-pipeline[prometheus]") from _missing
 
 __all__ = ["PrometheusObserver"]
 

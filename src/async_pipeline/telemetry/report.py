@@ -194,13 +194,13 @@ class Part:
     __slots__ = ("handled", "latencies", "outcomes", "pipeline", "retries", "stage", "started")
 
     def __init__(self, pipeline: str, stage: str | None) -> None:
-        self.pipeline = pipeline
-        self.stage = stage  # None: the pipeline itself
-        self.started = 0
+        self.pipeline: str = pipeline
+        self.stage: str | None = stage  # None: the pipeline itself
+        self.started: int = 0
         self.outcomes: dict[str, int] = {}
-        self.handled = 0  # of those that ended well: failed, and an on_error stood in
-        self.retries = 0
-        self.latencies = Latencies()
+        self.handled: int = 0  # of those that ended well: failed, and an on_error stood in
+        self.retries: int = 0
+        self.latencies: Latencies = Latencies()
 
     def counted(self, *outcomes: str) -> int:
         """Return how many have ended in one of these ways."""
@@ -233,9 +233,9 @@ class Latencies:
 
     def __init__(self) -> None:
         self.buckets: dict[int, int] = {}
-        self.count = 0
-        self.longest = 0.0
-        self.shortest = float("inf")
+        self.count: int = 0
+        self.longest: float = 0.0
+        self.shortest: float = float("inf")
 
     def add(self, seconds: float) -> None:
         bucket = ceil(log(seconds) * _SCALE) if seconds > _SHORTEST else _NOTHING
@@ -299,7 +299,7 @@ class Timeline:
     __slots__ = ("bars", "width")
 
     def __init__(self) -> None:
-        self.width = 2.0**-10  # seconds
+        self.width: float = 2.0**-10  # seconds
         self.bars: list[dict[str, int]] = []
 
     def add(self, seconds: float, outcome: str) -> None:
@@ -345,7 +345,7 @@ class Groups:
 
     def __init__(self) -> None:
         self.by_key: dict[tuple[str, str | None, str], Group] = {}
-        self.others = 0
+        self.others: int = 0
 
     def add(self, pipeline: str, stage: str | None, error_type: str) -> Group | None:
         key = pipeline, stage, error_type
@@ -422,15 +422,15 @@ class Run:
     )
 
     def __init__(self, run_id: str, pipeline: str, item_index: int | None, began: float) -> None:
-        self.run_id = run_id
-        self.pipeline = pipeline
-        self.item_index = item_index
-        self.began = began
-        self.duration = 0.0
-        self.outcome = ""  # it is still running
+        self.run_id: str = run_id
+        self.pipeline: str = pipeline
+        self.item_index: int | None = item_index
+        self.began: float = began
+        self.duration: float = 0.0
+        self.outcome: str = ""  # it is still running
         self.error_type: str | None = None
         self.spans: list[Span] = []
-        self.left_out = 0
+        self.left_out: int = 0
         self.open: dict[tuple[str, tuple[int, ...]], float] = {}
 
     def end_stage(self, event: Event, now: float) -> None:

@@ -45,7 +45,7 @@ class TraceRecorder:
 
     def __init__(self, limit: int = 1_000_000) -> None:
         check_count("limit", limit, least=1, message="limit must be at least 1")
-        self.left_out = 0
+        self.left_out: int = 0
         self._limit = limit
         self._kept: list[_Slice | _Mark] = []  # as they began: of two at the same time, the outer one first
         self._open: dict[_Key, list[_Slice]] = {}
