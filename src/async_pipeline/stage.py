@@ -674,9 +674,8 @@ class RunState:
         if timeout is not None:
             check_seconds("timeout", timeout, zero=False)
         self.deadline: Deadline = Deadline(timeout)
-        self._requests = [
-            0 if timeout is None else cancel_requests()
-        ]  # of the task, which several states may share
+        # a list, because the states of one task share it
+        self._requests = [0 if timeout is None else cancel_requests()]
         self.watches: tuple[Watch, ...] = ()
         self.item_index: int | None = item_index
         self.path: str | None = None  # of the step that runs, from the outermost pipeline that is watched
@@ -735,7 +734,7 @@ class RunState:
                 self.tell_end(path, now, outcome_of(raised), 1, raised)
                 raise raised
         finally:
-            del raised  # its traceback holds this frame
+            del raised  # its traceback holds this frame, so this must not hold it
 
     def tell_end(
         self, path: str, started: float, outcome: OutcomeName, attempts: int, error: BaseException | None
@@ -768,7 +767,7 @@ class RunState:
             if raised is not None:
                 raise raised
         finally:
-            del raised, event, error
+            del raised, event, error  # nor may they be held by it
 
     def tell_failure(self, path: str | None, attempt: int, error: Exception, delay: float | None) -> None:
         now = self.deadline.clock()
