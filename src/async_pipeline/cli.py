@@ -195,7 +195,9 @@ def _add_run(commands: Any) -> None:
         help="how many items are in flight at most; 5 by default",
     )
     run.add_argument(
-        "--unordered", action="store_true", help="write results as they finish, not in input order"
+        "--unordered",
+        action="store_true",
+        help="write results as they finish, not in input order, so that a slow item holds nothing up",
     )
 
 
