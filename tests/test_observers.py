@@ -1695,3 +1695,28 @@ def test_observers_are_shown_and_written() -> None:
     loaded = Pipeline.loads(pipeline.dumps(registry=registry), registry=registry)
     assert loaded.observers == pipeline.observers
     assert loaded.on_hook_error is raise_it
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["ok", "error"])
+async def test_what_has_others_inside_is_attempted_once(fails: bool) -> None:
+    calls: list[int] = []
+
+    def flaky(value: int) -> int:
+        calls.append(value)
+        if fails or len(calls) < 3:
+            raise ValueError
+        return value
+
+    ends: list[Event] = []
+    inner = Pipeline([Stage("flaky", flaky, retries=2)], name="inner")
+    pipeline = Pipeline([parallel(a=fallback(inner))], observers=[ends.append])
+    with pytest.raises(StageExecutionError) if fails else contextlib.nullcontext():
+        await pipeline.run(1)
+    attempts = {event.stage: event.attempts for event in ends if event.outcome is not None}
+    assert attempts == {
+        None: 1,
+        "parallel": 1,
+        "parallel/a": 1,
+        "parallel/a/inner": 1,
+        "parallel/a/inner/flaky": 3,
+    }
