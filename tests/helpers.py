@@ -1,9 +1,14 @@
 """What several test modules need."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Coroutine, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
+import async_pipeline
 from async_pipeline import Pipeline, Stage
 from async_pipeline.testing import VirtualClockLoop
 
@@ -14,6 +19,15 @@ def run_virtually(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on a virtual clock of its own; for tests that make many of them."""
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         return runner.run(main)
+
+
+def run_alone(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a Python of its own, which sees the same async_pipeline as this one."""
+    paths = [str(Path(async_pipeline.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
+    )
 
 
 class Meter:

@@ -4,7 +4,6 @@ import asyncio
 import contextvars
 import gc
 import importlib.util
-import subprocess
 import sys
 import weakref
 from collections import Counter
@@ -40,7 +39,7 @@ from async_pipeline import (
 )
 from async_pipeline.middlewares import RetryMiddleware
 from async_pipeline.telemetry.opentelemetry import OpenTelemetryMiddleware, instrument
-from tests.helpers import run_virtually
+from tests.helpers import run_alone, run_virtually
 
 OK, ERROR, UNSET = StatusCode.OK, StatusCode.ERROR, StatusCode.UNSET
 
@@ -1292,7 +1291,7 @@ print([span.name for span in spans.get_finished_spans()])
 (resource,) = reader.get_metrics_data().resource_metrics
 print(sorted(metric.name for scope in resource.scope_metrics for metric in scope.metrics))
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        done = run_alone(code)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [
             "2",
@@ -1384,5 +1383,5 @@ import sys
 import async_pipeline.telemetry
 print(sorted(name for name in sys.modules if "opentelemetry" in name or "prometheus" in name))
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        done = run_alone(code)
         assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -3,8 +3,6 @@
 import asyncio
 import gc
 import importlib.util
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -23,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from async_pipeline import BatchError, Event, Finish, Pipeline, Stage, each, parallel, telemetry
 from async_pipeline.telemetry.prometheus import PrometheusObserver
-from tests.helpers import run_virtually
+from tests.helpers import run_alone, run_virtually
 
 pytestmark = pytest.mark.threads  # that of the server
 
@@ -354,7 +352,7 @@ for _ in range(2):
     asyncio.run(Pipeline([len], observers=[PrometheusObserver()]).run("ab"))
 print(generate_latest(REGISTRY).decode())
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        done = run_alone(code)
         assert done.returncode == 0, done.stderr
         assert 'async_pipeline_runs_total{outcome="ok",pipeline="pipeline"} 2.0' in done.stdout.splitlines()
 
@@ -418,13 +416,7 @@ async def main():
 
 asyncio.run(main())
 """
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
-        )
+        done = run_alone(code, PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
         assert done.returncode == 0, done.stderr
         assert 'async_pipeline_in_flight{pipeline="pipeline"} 1.0' in done.stdout.splitlines()
 

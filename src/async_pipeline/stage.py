@@ -836,11 +836,12 @@ class WatchedStep:
         except BaseException as error:
             _tell_end(own, path, started, error, self._is_leaf)
             raise
+        else:
+            own.tell_end(path, started, "ok", own.attempts if self._is_leaf else 1, own.handled)
+            return output
         finally:
             state.attempts = own.attempts
-            handled, own.handled = own.handled, None  # its traceback may hold what holds the state
-        own.tell_end(path, started, "ok", own.attempts if self._is_leaf else 1, handled)
-        return output
+            own.handled = None  # its traceback holds what holds the state
 
 
 class _WatchedHandler(WatchedStep):
