@@ -1560,6 +1560,13 @@ def test_an_observed_end_keeps_nothing_alive(shape: str, end: Any, how: str) -> 
     assert not is_kept_alive(call)
 
 
+def test_what_on_error_has_handled_is_let_go_where_nobody_looks_on() -> None:
+    async def call(item: Large) -> None:
+        await Pipeline([Stage("s", break_down, on_error=saved)]).run(item, timeout=60)
+
+    assert not is_kept_alive(call)
+
+
 # -- building
 
 
