@@ -1727,3 +1727,24 @@ async def test_what_has_others_inside_is_attempted_once(fails: bool) -> None:
         "parallel/a/inner": 1,
         "parallel/a/inner/flaky": 3,
     }
+
+
+class NoTruth:
+    """Like an array, of which nobody can say whether it holds."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("ambiguous")
+
+
+def undecided(value: Any) -> NoTruth:
+    return NoTruth()
+
+
+@pytest.mark.parametrize("step", [branch((undecided, str)), keep(undecided)], ids=["branch", "keep"])
+async def test_a_predicate_whose_value_has_no_truth_has_failed(step: Any) -> None:
+    seen: list[Event] = []
+    with pytest.raises(StageExecutionError) as failed:
+        await Pipeline([step], observers=[seen.append]).run([1])
+    assert failed.value.stage_name == f"{step.name}/undecided"
+    outcomes = [(event.stage, event.outcome) for event in seen if event.kind == "stage_end"]
+    assert outcomes == [(f"{step.name}/undecided", "error"), (step.name, "error")]

@@ -71,10 +71,13 @@ class _Inner:
 
     __slots__ = ("_call", "_outer", "_own", "_watched", "name")
 
-    def __init__(self, outer: str, step: Step[Any, Any], name: str | None = None) -> None:
+    def __init__(
+        self, outer: str, step: Step[Any, Any], name: str | None = None, *, is_predicate: bool = False
+    ) -> None:
         self.name = step.name if name is None else name
         self._call = call_of(step)
-        self._watched = watched(step, self.name, self._call)
+        # what has no truth, a NumPy array for example, is a failure of the predicate; who watches is told so
+        self._watched = watched(step, self.name, _truth_of(self._call) if is_predicate else self._call)
         self._own = step.name
         self._outer = outer
 
@@ -121,6 +124,13 @@ class _Inner:
             if not is_finish(group):
                 raise
             raise finish_of(group) from None
+
+
+def _truth_of(call: Call) -> Call:
+    async def truth(value: Any, context: Any, state: RunState | None = None) -> bool:
+        return bool(await call(value, context, state))
+
+    return truth
 
 
 class _Ends:
@@ -450,7 +460,7 @@ class Keep(_Composite[In, Out]):
         check_concurrency(concurrency)
         self.predicate: Step[Any, Any] = _inner_step("predicate", predicate)
         self.concurrency: int | asyncio.Semaphore = concurrency
-        self._inner = _Inner(name, self.predicate)
+        self._inner = _Inner(name, self.predicate, is_predicate=True)
         self._is_watched = is_watched(self.predicate)
 
     async def _run(self, value: Any, context: Any, state: RunState | None = None) -> Any:
@@ -641,7 +651,9 @@ class Branch(_Composite[In, Out]):
         if not cases:
             raise ValueError("branch requires at least one (predicate, step)")
         self.cases: tuple[tuple[Step[Any, Any], Step[Any, Any]], ...] = tuple(map(_case, cases))
-        self._inner = tuple((_Inner(name, predicate), _Inner(name, step)) for predicate, step in self.cases)
+        self._inner = tuple(
+            (_Inner(name, predicate, is_predicate=True), _Inner(name, step)) for predicate, step in self.cases
+        )
         self.otherwise: Step[Any, Any] | None = (
             None if otherwise is None else _inner_step("otherwise", otherwise)
         )
