@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Metric, start_http_ser
 from prometheus_client.parser import text_string_to_metric_families
 
 from async_pipeline import BatchError, Event, Finish, Pipeline, Stage, each, parallel, telemetry
+from async_pipeline.events import EndEvent
 from async_pipeline.telemetry.prometheus import PrometheusObserver
 from tests.helpers import run_alone, run_virtually
 
@@ -389,9 +390,12 @@ print(generate_latest(REGISTRY).decode())
         assert gone() is None
 
     def test_outlives_an_observer(self, registry: CollectorRegistry) -> None:
-        PrometheusObserver(registry)
-        gc.collect()
-        PrometheusObserver(registry)  # and nothing is registered twice
+        end = EndEvent("run_end", 0.0, "00ff", "p", None, None, (), "ok", 1, 0.0, None)
+        for _ in range(2):  # and nothing is registered twice
+            PrometheusObserver(registry)(end)
+            gc.collect()
+        labels = {"pipeline": "p", "outcome": "ok"}
+        assert registry.get_sample_value("async_pipeline_runs_total", labels) == 2
 
     def test_a_metric_of_somebody_elses(self, registry: CollectorRegistry) -> None:
         Counter("async_pipeline_runs_total", "Mine.", registry=registry)

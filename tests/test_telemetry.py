@@ -30,6 +30,7 @@ from async_pipeline import (
     parallel,
 )
 from async_pipeline.telemetry import PrometheusObserver, ReportRecorder, TraceRecorder
+from async_pipeline.telemetry._errors import type_of
 from async_pipeline.telemetry.opentelemetry import instrument
 
 ITEMS = 400
@@ -42,13 +43,17 @@ Counts = Counter[tuple[Any, ...]]
 # -- the batch
 
 
+def gone(item: int) -> None:
+    raise OSError("gone")
+
+
 async def fetch(item: int, context: dict[str, int]) -> int:
     context["attempt"] = context.get("attempt", 0) + 1
     await asyncio.sleep(0.01 * (1 + item % 3))
     if item % 4 == 0 and context["attempt"] == 1:
         raise ConnectionError("reset")
     if item % 11 == 5:
-        raise OSError("gone")
+        await Pipeline([gone]).run(item)  # a run of its own; its error is the handler's
     if item % 13 == 7:
         await asyncio.sleep(9)  # too long for an attempt
     return item
@@ -103,7 +108,9 @@ def own(path: str | None) -> tuple[str, ...]:
 
 
 def kind_of(error: BaseException | None) -> str:
-    kind = type(error.original_error if isinstance(error, StageExecutionError) else error)
+    while isinstance(error, StageExecutionError):
+        error = error.original_error
+    kind = type(error)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -239,6 +246,27 @@ class OfReport(HTMLParser):
             self.tiles[self._tile] = data
         elif self._rows and self._rows[-1][1]:
             self._rows[-1][1][-1] += data
+
+
+# -- the names of errors
+
+
+class BrokenError(Exception): ...
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (None, ""),
+        (KeyError("a"), "KeyError"),
+        (BrokenError(), f"{__name__}.BrokenError"),
+        (asyncio.CancelledError(), "asyncio.exceptions.CancelledError"),
+        (StageExecutionError("fetch", BrokenError()), f"{__name__}.BrokenError"),
+        (StageExecutionError("fetch", StageExecutionError("inner", KeyError())), "KeyError"),
+    ],
+)
+def test_an_error_is_called_by_what_the_handler_raised(error: BaseException | None, name: str) -> None:
+    assert type_of(error) == name
 
 
 # -- the proof

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from async_pipeline import Pipeline, Stage, StageExecutionError, each, parallel
 from async_pipeline.events import EndEvent, Event, FailedAttempt
-from async_pipeline.telemetry.trace import TraceRecorder, type_of, write_whole
+from async_pipeline.telemetry.trace import TraceRecorder, write_whole
 
 
 class Story:
@@ -563,21 +563,6 @@ class TestPipelines:
         await Pipeline([Stage("fail", fail, retries=1)], observers=[recorder]).try_run(1)
         gc.collect()
         assert [reference() for reference in held] == [None, None]
-
-
-class TestTypeOf:
-    @pytest.mark.parametrize(
-        ("error", "name"),
-        [
-            (None, None),
-            (KeyError("a"), "KeyError"),
-            (BrokenError(), f"{__name__}.BrokenError"),
-            (asyncio.CancelledError(), "asyncio.exceptions.CancelledError"),
-            (StageExecutionError("fetch", BrokenError()), f"{__name__}.BrokenError"),
-        ],
-    )
-    def test_names(self, error: BaseException | None, name: str | None) -> None:
-        assert type_of(error) == name
 
 
 class TestWriteWhole:

@@ -10,9 +10,10 @@ from typing import Any, TypeVar, cast
 
 from .. import __version__
 from ..context import get_entry
-from ..errors import DeadlineExceeded, Finish, StageExecutionError
+from ..errors import DeadlineExceeded, Finish
 from ..events import Event
 from ..pipeline import Pipeline
+from ._errors import class_name, original, type_of
 
 try:
     from opentelemetry import metrics, trace
@@ -205,7 +206,7 @@ class _Observer:
 
     def _fail_attempt(self, event: Event) -> None:
         if event.will_retry:
-            self._retries.add(1, {**_named(event), "error.type": _class_name(type(_original(event.error)))})
+            self._retries.add(1, {**_named(event), "error.type": type_of(event.error)})
         opened = self._find(event)
         if opened is not None:
             opened.fail_attempt(event)
@@ -278,9 +279,9 @@ class _OpenSpan:
             self._span.set_attribute(name, value)
         if event.stage is not None:
             self._span.set_attribute("async_pipeline.attempts", event.attempts or 1)
-        error = _original(event.error)
+        error = cast(BaseException, original(event.error))
         has_failed = _has_failed(event)
-        if not (has_failed and self._failed is not None and _original(self._failed[0].error) is error):
+        if not (has_failed and self._failed is not None and original(self._failed[0].error) is error):
             self._tell_failed_attempt()
         if has_failed:
             self._span.set_status(StatusCode.ERROR, _description(error, event.outcome))
@@ -343,38 +344,27 @@ def _has_failed(event: Event) -> bool:
 def _outcome_of(event: Event) -> dict[str, str]:
     attributes = {"async_pipeline.outcome": str(event.outcome)}
     if _has_failed(event):
-        error = _original(event.error)
+        error = original(event.error)
         # inside a run whose time is up, it looks like a cancellation
         is_deadline = event.outcome == "timeout" and isinstance(error, _CANCELLATION)
-        attributes["error.type"] = _class_name(DeadlineExceeded if is_deadline else type(error))
+        attributes["error.type"] = class_name(DeadlineExceeded if is_deadline else type(error))
     return attributes
 
 
 def _failure_of(event: Event) -> dict[str, Any]:
-    error = _original(event.error)
+    error = original(event.error)
     attributes: dict[str, Any] = {"async_pipeline.attempt": event.attempt}
     if event.delay is not None:
         attributes["async_pipeline.retry.delay"] = event.delay
-    return {**attributes, "exception.type": _class_name(type(error)), "exception.message": _text(error)}
-
-
-def _original(error: BaseException | None) -> BaseException:
-    """The handler's own error, also of a run inside a handler."""
-    while isinstance(error, StageExecutionError):
-        error = error.original_error
-    return cast(BaseException, error)
+    return {**attributes, "exception.type": class_name(type(error)), "exception.message": _text(error)}
 
 
 def _leaves(error: BaseException) -> list[BaseException]:
     """The errors in a group, which may have come from stages side by side; else the error itself."""
-    own = _original(error)
+    own = cast(BaseException, original(error))
     if isinstance(own, BaseExceptionGroup):
         return [leaf for part in own.exceptions for leaf in _leaves(part)]
     return [own]
-
-
-def _class_name(kind: type) -> str:
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _text(error: object) -> str:
@@ -395,7 +385,7 @@ def _record(span: Span, error: BaseException) -> None:
     try:
         span.record_exception(error)
     except Exception:  # it can't be shown
-        span.add_event("exception", {"exception.type": _class_name(type(error))})
+        span.add_event("exception", {"exception.type": class_name(type(error))})
 
 
 def _durations_of(what: str, meter: metrics.Meter) -> metrics.Histogram:

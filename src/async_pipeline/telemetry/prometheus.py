@@ -4,8 +4,8 @@ from functools import cache
 from threading import Lock
 from weakref import WeakKeyDictionary
 
-from ..errors import StageExecutionError
 from ..events import Event
+from ._errors import type_of
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -53,7 +53,7 @@ class PrometheusObserver:
             metrics.stage_duration(pipeline, stage, event.outcome).observe(event.duration or 0.0)
         elif event.kind == "attempt_failed":
             if event.will_retry:
-                metrics.stage_retries(pipeline, stage, _class_name(event.error)).inc()
+                metrics.stage_retries(pipeline, stage, type_of(event.error)).inc()
         elif event.kind == "run_start":
             metrics.in_flight(pipeline).inc()
         elif event.kind == "run_end":
@@ -111,10 +111,3 @@ def _metrics_in(registry: CollectorRegistry) -> _Metrics:
         if metrics is None:
             metrics = _shared[registry] = _Metrics(registry)
         return metrics
-
-
-def _class_name(error: BaseException | None) -> str:
-    while isinstance(error, StageExecutionError):  # of a run inside the handler
-        error = error.original_error
-    kind = type(error)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

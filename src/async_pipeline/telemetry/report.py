@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from ..errors import StageExecutionError
 from ..events import Event
+from ._errors import original, type_of
 from ._page import page_of
-from .trace import type_of, write_whole
+from .trace import write_whole
 
 __all__ = ["ReportRecorder"]
 
@@ -156,14 +157,14 @@ class ReportRecorder:
     def _fail(self, event: Event) -> None:
         error = event.error
         stage = error.stage_name if isinstance(error, StageExecutionError) else None
-        group = self._errors.add(event.pipeline, stage, type_of(error) or "")
+        group = self._errors.add(event.pipeline, stage, type_of(error))
         if group is not None and len(group.samples) < _SAMPLES:
             group.samples.append(_sample(error, event))
 
     def _retry(self, event: Event) -> None:
         self._total.retries += 1
         self._part(event).retries += 1
-        group = self._retries.add(event.pipeline, event.stage, type_of(event.error) or "")
+        group = self._retries.add(event.pipeline, event.stage, type_of(event.error))
         if group is not None:
             group.waited += event.delay or 0.0
             if len(group.samples) < _SAMPLES:
@@ -363,7 +364,7 @@ def _sample(error: BaseException | None, event: Event) -> Sample:
     """What is told of an error: texts alone, as its traceback holds all the frames."""
     if isinstance(error, StageExecutionError):
         item = None if error.item_index is None else _item(error.item)
-        return Sample(_message(error.original_error), event.item_index, error.element, item)
+        return Sample(_message(original(error)), event.item_index, error.element, item)
     return Sample(_message(error), event.item_index, event.element, None)
 
 
@@ -452,7 +453,7 @@ class Run:
 
     def end(self, event: Event, now: float) -> None:
         self.outcome = event.outcome or ""
-        self.error_type = type_of(event.error)
+        self.error_type = type_of(event.error) or None
         self.duration = now - self.began
         self.open.clear()
 

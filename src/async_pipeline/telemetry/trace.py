@@ -10,11 +10,11 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Any, TypeAlias
 
-from ..errors import StageExecutionError
 from ..events import Event
 from ..retry import check_count
+from ._errors import type_of
 
-__all__ = ["TraceRecorder", "type_of", "write_whole"]
+__all__ = ["TraceRecorder", "write_whole"]
 
 
 class TraceRecorder:
@@ -243,7 +243,7 @@ class _Slice:
 
     def end(self, event: Event, now: int) -> None:
         self.ended, self.outcome, self.attempts = now, event.outcome, event.attempts
-        self.error = type_of(event.error)
+        self.error = type_of(event.error) or None
         self.lane.leave(self)
 
     def entry(self, begin: int, now: int) -> dict[str, Any]:
@@ -292,18 +292,6 @@ class _Mark:
             "tid": self.within.lane.id,
             "args": self.args,
         }
-
-
-def type_of(error: BaseException | None) -> str | None:
-    """Return the full name of an error's type; of a stage's failure, that of what was raised in it.
-
-    >>> type_of(StageExecutionError("fetch", TimeoutError()))
-    'TimeoutError'
-    """
-    if error is None:
-        return None
-    kind = type(error.original_error if isinstance(error, StageExecutionError) else error)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def write_whole(path: str | os.PathLike[str], parts: Iterable[str]) -> None:
