@@ -14,7 +14,11 @@ __all__ = [
     "CircuitOpenError",
     "DeadlineExceeded",
     "DeadlockError",
+    "DuplicateJob",
     "Finish",
+    "JobNotFound",
+    "JobQueueFull",
+    "JobRunnerClosed",
     "MissingFieldsError",
     "PipelineError",
     "StageExecutionError",
@@ -285,6 +289,64 @@ class DeadlockError(PipelineError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.tasks,), _state(self)
+
+
+class DuplicateJob(PipelineError):  # noqa: N818 - like the names of the other errors of jobs
+    """There is a job of this id already; submit with another ``job_id``, or without one.
+
+    Attributes:
+        job_id: the id.
+    """
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is a job {job_id!r} already")
+        self.job_id = job_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job_id,), _state(self)
+
+
+class JobNotFound(PipelineError):  # noqa: N818
+    """There is no job of this id: there never was, or it was removed a while after it had finished.
+
+    Attributes:
+        job_id: the id.
+    """
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is no job {job_id!r}, or no longer")
+        self.job_id = job_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job_id,), _state(self)
+
+
+class JobQueueFull(PipelineError):  # noqa: N818
+    """As many jobs wait as may; submit again later.
+
+    Attributes:
+        max_pending: how many jobs of the runner may wait.
+    """
+
+    def __init__(self, max_pending: int) -> None:
+        super().__init__(f"{max_pending} jobs wait already, which is max_pending; submit again later")
+        self.max_pending = max_pending
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.max_pending,), _state(self)
+
+
+class JobRunnerClosed(PipelineError):  # noqa: N818
+    """The runner accepts no jobs: it was not entered, or it is being closed.
+
+    It also is the ``type`` of the failure of a job that was cut short because its runner was closed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("the JobRunner is not running; use it inside 'async with runner:', or in a lifespan")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (), _state(self)
 
 
 class Finish(BaseException):

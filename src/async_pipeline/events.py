@@ -12,6 +12,7 @@ from .context import check_arguments, wants_context
 from .types import is_awaitable
 
 __all__ = [
+    "CountedStart",
     "EndEvent",
     "Event",
     "FailedAttempt",
@@ -68,6 +69,8 @@ class Event:
         attempt: of a failed attempt, its number, counted from 1. Else ``None``.
         will_retry: of a failed attempt, whether there will be another one. Else ``None``.
         delay: of a failed attempt that will be retried, in how many seconds. Else ``None``.
+        elements: of the start of an ``each`` or a ``keep``, how many elements its value has, if it has a
+            length. Else ``None``.
     """
 
     __slots__ = ("element", "item_index", "kind", "pipeline", "run_id", "stage", "time")
@@ -80,6 +83,7 @@ class Event:
     attempt: int | None = None
     will_retry: bool | None = None
     delay: float | None = None
+    elements: int | None = None
 
     def __init__(
         self,
@@ -106,7 +110,17 @@ class Event:
 
 
 _COMMON = ("kind", "time", "run_id", "pipeline", "stage", "item_index", "element")
-_FIELDS = (*_COMMON, "outcome", "attempts", "duration", "error", "attempt", "will_retry", "delay")
+_FIELDS = (*_COMMON, "outcome", "attempts", "duration", "error", "attempt", "will_retry", "delay", "elements")
+
+
+class CountedStart(Event):
+    """A ``stage_start`` of a step that runs once for each element."""
+
+    __slots__ = ("elements",)
+
+    def __init__(self, start: Event, elements: int) -> None:
+        super().__init__(*(getattr(start, name) for name in _COMMON))
+        self.elements: int | None = elements
 
 
 class EndEvent(Event):

@@ -23,7 +23,7 @@ from .errors import (
     is_finish,
     mark_cancelled,
 )
-from .events import EndEvent, Event, FailedAttempt, OutcomeName, Watch, check_hook, logger
+from .events import CountedStart, EndEvent, Event, FailedAttempt, OutcomeName, Watch, check_hook, logger
 from .executor import check_executor, shares_memory, submit
 from .retry import (
     BackoffMode,
@@ -718,12 +718,14 @@ class RunState:
 
     # the observers are called here, and not by a method of Watch: each call would be 5 % of two events
 
-    def tell_start(self, path: str, now: float) -> None:
+    def tell_start(self, path: str, now: float, elements: int | None = None) -> None:
         raised: BaseException | None = None
         for watch in self.watches:
             observers, _, pipeline, run_id, skip, _ = watch
             stage = path[skip:] if skip else path
             event = Event("stage_start", now, run_id, pipeline, stage, self.item_index, self.element)
+            if elements is not None:
+                event = CountedStart(event, elements)
             for observer in observers:
                 try:
                     observer(event)
@@ -819,18 +821,20 @@ _new = object.__new__
 class WatchedStep:
     """A step inside a run that somebody watches: it tells of its start and its end."""
 
-    __slots__ = ("_call", "_is_leaf", "_name")
+    __slots__ = ("_call", "_has_elements", "_is_leaf", "_name")
 
     def __init__(self, step: Any, name: str, call: Call) -> None:
+        structure = structure_of(step)
         self._name = name
         self._call = call
-        self._is_leaf = not structure_of(step).parts  # and so makes attempts of its own
+        self._is_leaf = not structure.parts  # and so makes attempts of its own
+        self._has_elements = structure.kind in ("each", "keep")
 
     async def run(self, value: Any, context: Any, state: RunState) -> Any:
         path = self._name if state.path is None else f"{state.path}/{self._name}"
         own = state.inside(path)
         started = own.deadline.clock()
-        own.tell_start(path, started)
+        own.tell_start(path, started, _count(value) if self._has_elements else None)
         try:
             output = await self._call(value, context, own)
         except BaseException as error:
@@ -842,6 +846,14 @@ class WatchedStep:
         finally:
             state.attempts = own.attempts
             own.handled = None  # its traceback holds what holds the state
+
+
+def _count(value: Any) -> int | None:
+    """How many elements a value has, if it can tell without being iterated."""
+    try:
+        return len(value)
+    except Exception:  # a generator, or a length of the user's own that fails
+        return None
 
 
 class _WatchedHandler(WatchedStep):

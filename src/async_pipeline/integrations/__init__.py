@@ -1,0 +1,1 @@
+"""Pipelines inside other people's frameworks; each module needs a package, and names its extra."""

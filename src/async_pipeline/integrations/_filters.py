@@ -1,0 +1,73 @@
+"""Which jobs a list of them has: the query parameters that OGC API - Processes names for it."""
+
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from ..jobs import Job
+
+__all__ = ["INTERVAL", "STATUSES", "JobFilter", "parts", "query"]
+
+STATUSES = ("accepted", "running", "successful", "failed", "dismissed")
+
+_MOMENT = (
+    r"[12]\d{3}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
+    r"T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(Z|[+-](0\d|1[0-4]):[0-5]\d)"
+)
+INTERVAL = rf"^({_MOMENT}|({_MOMENT}|\.\.)/({_MOMENT}|\.\.))$"
+"""What ``datetime`` may be: a moment of RFC 3339, or two with a slash between; ``..`` is no bound."""
+
+
+def parts(values: Sequence[str]) -> list[str]:
+    """The entries of a parameter, whether it was given several times or once with commas."""
+    return [part for value in values for part in value.split(",")]
+
+
+class JobFilter:
+    """What a list of jobs is narrowed to, besides what the runner does itself.
+
+    Args:
+        kinds: what the jobs come from, of which there is one: ``"process"``.
+        interval: when they were created.
+        least: seconds that they have run at least; one that has not begun has not run.
+        most: seconds that they have run at most.
+    """
+
+    def __init__(
+        self, kinds: Collection[str], interval: str | None, least: Sequence[int], most: Sequence[int]
+    ) -> None:
+        self.is_none = bool(kinds) and "process" not in kinds
+        first, _, last = (interval or "../..").partition("/")
+        self._first, self._last = _moment(first), _moment(last or first)
+        self._least = min(least, default=None)
+        self._most = max(most, default=None)
+        self.is_all = not self.is_none and interval is None and self._least is None and self._most is None
+
+    def takes(self, job: Job) -> bool:
+        """Tell whether a job is one of those."""
+        if self.is_none:
+            return False
+        if self._first is not None and job.created < self._first:
+            return False
+        if self._last is not None and job.created > self._last:
+            return False
+        if self._least is None and self._most is None:
+            return True
+        if job.started is None:
+            return False
+        seconds = ((job.finished or datetime.now(UTC)) - job.started).total_seconds()
+        return (self._least is None or seconds >= self._least) and (
+            self._most is None or seconds <= self._most
+        )
+
+
+def _moment(text: str) -> datetime | None:
+    if text == "..":
+        return None
+    # a day that its month does not have, which no pattern can tell, is one of the next month
+    return datetime.fromisoformat(f"{text[:8]}01{text[10:]}") + timedelta(days=int(text[8:10]) - 1)
+
+
+def query(values: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that were given, for the links to other pages."""
+    return {name: value for name, value in values.items() if value not in (None, [])}
