@@ -102,6 +102,7 @@ def write_tables(effort: Effort, only: str) -> Iterator[str]:
     yield ""
     yield from _limits(effort, only)
     yield from _events(effort, only)
+    yield from _in_fastapi(effort, only)
     yield from _neighbours(effort, only)
     yield from _growth(effort, only)
 
@@ -148,6 +149,23 @@ def _events(effort: Effort, only: str) -> Iterator[str]:
         observed = micros["more observed"] - micros["observed"]
         cost = (observed - micros["more unobserved"] + micros["unobserved"]) / work.MORE_STAGES
         yield _line(title, f"{cost:.2f}", "≤ 1.5")
+    yield ""
+
+
+def _in_fastapi(effort: Effort, only: str) -> Iterator[str]:
+    if only not in "FastAPI":
+        return
+    from . import in_fastapi
+
+    yield "What a request costs more in FastAPI, in one process and without sockets:"
+    yield ""
+    yield from _head("request", "against", "µs more", "reach")
+    requests = range(max(1, effort.runs // 25))
+    contenders = {name: in_fastapi.contender(name) for name in in_fastapi.REQUESTS}
+    seconds = measure(contenders, requests, effort.rounds)
+    micros = {name: micros_per_item(each, len(requests)) for name, each in seconds.items()}
+    for title, (ours, against, reach) in in_fastapi.CLOSE_TO_HAND.items():
+        yield _line(title, against, f"{micros[ours] - micros[against]:.0f}", f"≤ {reach}")
     yield ""
 
 

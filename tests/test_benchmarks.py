@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import by_hand, neighbours, tables, work
+from benchmarks import by_hand, in_fastapi, neighbours, tables, work
 from benchmarks.measure import Ratio, measure, ratio
 from benchmarks.memory import peak_bytes
 from benchmarks.work import Contender
@@ -97,3 +97,20 @@ def test_only_the_rows_that_are_asked_for_are_measured() -> None:
     report = "\n".join(tables.write_tables(TINY, "hooks"))
     assert "hooks" in report
     assert "`stream`, the same work" not in report
+
+
+async def test_each_request_to_fastapi_does_the_same_work() -> None:
+    async with in_fastapi.jobs as jobs:
+        answers = {name: await send() for name, send in in_fastapi.REQUESTS.items()}
+        (job,) = await jobs.list(limit=1)
+        async for changed in jobs.watch(job.id):
+            job = changed
+    accepted = answers.pop("submit")
+    assert set(answers.values()) == {(200, b"6")}
+    assert accepted[0] == 201
+    assert job.result["outputs"] == {"result": 6}
+
+
+async def test_a_contender_in_fastapi_answers_each_request() -> None:
+    assert await in_fastapi.contender("execution")(range(3)) == [200] * 3
+    assert await in_fastapi.contender("submit")(range(3)) == [201] * 3

@@ -7,14 +7,14 @@
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from inspect import isasyncgenfunction
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeGuard
 from uuid import uuid4
 
 from .errors import (
@@ -229,13 +229,16 @@ def report_progress(fraction: float, message: str | None = None) -> None:
         message: what to show; ``None`` leaves the last one.
 
     Raises:
+        TypeError: the fraction is no number, or the message no text.
         ValueError: the fraction is not from 0 to 1.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be from 0 to 1, not {fraction!r}; write done / total")
+    if not (message is None or isinstance(message, str)):
+        raise TypeError(f"message must be a str, not {message!r}")
     run = _current.get(None)
     if run is not None:
-        run.report(fraction, message)
+        run.report(float(fraction), message)
 
 
 def with_progress(step: Step[Any, Any]) -> Step[Any, Any]:
@@ -250,37 +253,61 @@ def with_progress(step: Step[Any, Any]) -> Step[Any, Any]:
     ...         async with transaction():
     ...             return await self.pipeline.run(value, context=context)
 
-    Any other step is returned as it is, and so is a pipeline of a subclass with a ``run`` of its own.
+    An ``each`` or a ``keep`` becomes a pipeline of it. Any other step is returned as it is, and so is a
+    pipeline of a subclass with a ``run`` of its own.
     """
-    if not isinstance(step, Pipeline) or type(step).run is not Pipeline.run:
+    if structure_of(step).kind in _WITH_ELEMENTS:
+        return _observed(Pipeline([step], name=step.name))
+    if not _is_transparent(step):
         return step
-    try:
-        return _observed(step)
-    except TypeError:  # a subclass that is not hashable
-        return _observed.__wrapped__(step)
+    # what a subclass has set may change, so it is copied each time
+    return _observed_once(step) if type(step) is Pipeline else _observed(step)
 
 
-@lru_cache(128)  # it takes 35 µs for five stages
+_WITH_ELEMENTS = ("each", "keep")
+
+
+def _is_transparent(step: Any) -> TypeGuard[Pipeline[Any, Any, Any]]:
+    """Tell whether who observes a run sees the stages inside."""
+    return isinstance(step, Pipeline) and getattr(step.run, "__func__", None) is Pipeline.run
+
+
 def _observed(pipeline: Pipeline[Any, Any, Any]) -> Pipeline[Any, Any, Any]:
-    return pipeline.replace(observers=[*pipeline.observers, _Progress(pipeline)])
+    others = [observer for observer in pipeline.observers if not isinstance(observer, _Progress)]
+    return pipeline.replace(observers=[*others, _Progress(pipeline)])
 
 
-def _leaves(pipeline: Pipeline[Any, Any, Any], path: str = "") -> Iterable[tuple[str, str | None]]:
-    """The paths of a pipeline's stages, with those of pipelines inside, each with that of its elements."""
+_observed_once = lru_cache(128)(_observed)  # it takes 35 µs for five stages
+
+
+class _Leaf(NamedTuple):
+    """A stage that counts, by its path."""
+
+    path: str
+    element_path: str | None  # if it runs once for each element
+    ends: Mapping[str, int]  # of the pipelines around it: how many stages are done when they are
+
+
+def _leaves(pipeline: Pipeline[Any, Any, Any], path: str = "", done: int = 0) -> list[_Leaf]:
+    leaves: list[_Leaf] = []
     for step in pipeline.stages:
         kind, _, parts = structure_of(step)
         inner = path + step.name
-        if isinstance(step, Pipeline):
-            yield from _leaves(step, f"{inner}/")
+        if _is_transparent(step):
+            within = _leaves(step, f"{inner}/", done + len(leaves))
+            end = done + len(leaves) + len(within)
+            leaves += [leaf._replace(ends={**leaf.ends, inner: end}) for leaf in within]
         else:
-            yield inner, f"{inner}/{parts[0].name}" if kind in ("each", "keep") else None
+            element_path = f"{inner}/{parts[0].name}" if kind in _WITH_ELEMENTS else None
+            leaves.append(_Leaf(inner, element_path, {}))
+    return leaves
 
 
 class _Progress:
     """Observes a pipeline for the jobs that run it."""
 
     def __init__(self, pipeline: Pipeline[Any, Any, Any]) -> None:
-        self.steps = tuple(_leaves(pipeline))
+        self.leaves = _leaves(pipeline)
 
     def __call__(self, event: Event) -> None:
         run = _current.get(None)
@@ -288,7 +315,7 @@ class _Progress:
             return
         if event.kind == "run_start":
             if run.measure is None:
-                run.measure = _Measure(event.run_id, self.steps)
+                run.measure = _Measure(event.run_id, self.leaves)
         elif run.measure is not None and run.measure.run_id == event.run_id:
             if event.kind == "stage_start":
                 run.measure.begin(event)
@@ -301,47 +328,56 @@ class _Progress:
 class _Measure:
     """How far one run of a pipeline is."""
 
-    def __init__(self, run_id: str, steps: Sequence[tuple[str, str | None]]) -> None:
+    def __init__(self, run_id: str, leaves: Sequence[_Leaf]) -> None:
         self.run_id = run_id
-        self._steps = steps
+        self._leaves = leaves
         self._done = 0
-        self._elements: int | None = None  # of the step that runs
+        self._ends: dict[str, int] = {}  # of the pipelines inside that run
+        self._elements: int | None = None  # of the stage that runs
         self._elements_done = 0
         self._fraction = 0.0  # that it has reported itself
 
     def begin(self, event: Event) -> None:
-        if event.stage == self._path and not event.element:
+        leaf = self._leaf
+        if leaf is None or event.element or event.stage is None:
+            return
+        if event.stage == leaf.path:
             self._elements, self._elements_done = event.elements, 0
+        elif event.stage in leaf.ends:
+            self._ends[event.stage] = leaf.ends[event.stage]
 
     def end(self, event: Event) -> bool:
         """Take a stage's end into account, if it counts."""
-        if event.outcome != "ok":
+        leaf = self._leaf
+        if leaf is None or event.stage is None or event.outcome != "ok":
             return False
-        if event.stage == self._path and not event.element:
-            self._done += 1
-            self._elements, self._fraction = None, 0.0
-            return True
-        if event.stage == self._element_path and len(event.element) == 1:
+        if event.stage == leaf.element_path and len(event.element) == 1:
             self._elements_done += 1
             return True
-        return False
+        if event.element:
+            return False
+        # a middleware may have left out what is inside a pipeline
+        done = self._done + 1 if event.stage == leaf.path else self._ends.pop(event.stage, 0)
+        return self._advance_to(done)
+
+    def _advance_to(self, done: int) -> bool:
+        if done <= self._done:
+            return False
+        self._done, self._elements, self._fraction = done, None, 0.0
+        return True
 
     def report(self, fraction: float) -> None:
-        if self._element_path is None:
+        if self._leaf is not None and self._leaf.element_path is None:
             self._fraction = fraction
 
     @property
     def fraction(self) -> float:
         part = self._elements_done / self._elements if self._elements else self._fraction
-        return (self._done + part) / len(self._steps)
+        return (self._done + part) / len(self._leaves)
 
     @property
-    def _path(self) -> str | None:
-        return self._steps[self._done][0] if self._done < len(self._steps) else None
-
-    @property
-    def _element_path(self) -> str | None:
-        return self._steps[self._done][1] if self._done < len(self._steps) else None
+    def _leaf(self) -> _Leaf | None:
+        return self._leaves[self._done] if self._done < len(self._leaves) else None
 
 
 class _Run:
@@ -364,6 +400,7 @@ class _Run:
         self.variables: Context = copy_context()
         self.task: asyncio.Task[None] | None = None
         self.is_job = True  # to others; not yet, while the caller of JobRunner.run waits for it
+        self.is_counted = False  # among those of which only so many may run
         self.is_dismissed = False
         self.is_ending = False  # its handlers are done, so there is nothing left to cancel
         self.is_unsaved = False
@@ -399,12 +436,14 @@ class _Run:
 
     def report(self, fraction: float, message: str | None) -> None:
         try:
-            asyncio.get_running_loop()
-        except RuntimeError:  # in a thread; one that outlives the loop is not heard
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._report, fraction, message)
-        else:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if loop is self._loop:
             self._report(fraction, message)
+            return
+        with suppress(RuntimeError):  # a thread that outlives the loop is not heard
+            self._loop.call_soon_threadsafe(self._report, fraction, message)
 
     def _report(self, fraction: float, message: str | None) -> None:
         if self.is_ending:
@@ -494,12 +533,12 @@ class JobRunner:
         self._drain = drain
         self._store: JobStore = MemoryJobStore() if store is None else store
         self._job_context = job_context
-        self._is_open = self._is_entered = False
+        self._is_open = self._is_entered = self._was_entered = False
         self._runs: dict[str, _Run] = {}  # the jobs that have not ended
         self._pending: dict[str, _Run] = {}  # those of them that wait, in order
         self._running: set[_Run] = set()  # with those that are no jobs for others yet
         self._jobs_running = 0  # without them
-        self._adding = 0
+        self._adding: set[str] = set()  # the ids of jobs that the store is being given
         self._errands: set[asyncio.Task[None]] = set()
         self._eviction: asyncio.TimerHandle | None = None
         self._poller: asyncio.Task[None] | None = None
@@ -515,7 +554,7 @@ class JobRunner:
             raise
         self._loop = asyncio.get_running_loop()
         self._epoch = datetime.now(UTC) - timedelta(seconds=self._loop.time())
-        self._is_open = True
+        self._is_open = self._was_entered = True
         self._idle, self._cut = asyncio.Event(), asyncio.Event()
         self._idle.set()
         self._last_end = self._loop.time()
@@ -564,18 +603,13 @@ class JobRunner:
             TypeError, ValueError: an argument that can't be used.
         """
         run = self._new_run(pipeline, value, context, job_id, timeout)
-        waiting = len(self._pending) + self._adding - max(0, self._concurrency - self._jobs_running)
+        waiting = len(self._pending) + len(self._adding) - max(0, self._concurrency - self._jobs_running)
         if waiting >= self._max_pending:
             raise JobQueueFull(self._max_pending)
-        self._adding += 1
-        self._idle.clear()
-        try:
-            await self._add(run)
-        finally:
-            self._adding -= 1
-            self._look_whether_idle()
+        await self._add(run)
         if self._cut.is_set():
-            await self._end(run, _closed())
+            self._run_errand(self._end(run, _closed()))
+            self._look_whether_idle()
             raise JobRunnerClosed
         self._pending[run.job.id] = run
         self._start_pending()
@@ -616,11 +650,14 @@ class JobRunner:
             await asyncio.wait((task,), timeout=wait)
             if not run.is_ending and not task.done():
                 run.is_job = True
-                self._jobs_running += 1
+                self._count(run, True)
                 await self._add(run)
+                self._look_whether_idle()
                 return run.job
             return await run.end()
         except BaseException:
+            run.is_job = False  # for the store has it not, or not for long
+            self._count(run, False)
             self._dismiss(run)
             await _ended(task)
             raise
@@ -630,7 +667,9 @@ class JobRunner:
 
         Raises:
             JobNotFound: there is none, or no longer.
+            JobRunnerClosed: the runner was never entered.
         """
+        self._check_entered()
         run = self._runs.get(job_id)
         job = await self._store.get(job_id) if run is None else run.job
         if job is None or (job.finished is not None and job.finished < self._oldest()):
@@ -648,21 +687,26 @@ class JobRunner:
 
         Raises:
             JobNotFound: there is none, or no longer.
+            JobRunnerClosed: the runner was left, or never entered, and the job is one of another process.
         """
-        run = self._runs.get(job_id)
-        if run is not None:
-            self._dismiss(run)
-            return await run.end()
-        job = await self.get(job_id)
-        if job.finished is not None:
-            await self._store.remove(job_id)
-            return job
-        await self._store.ask_to_dismiss(job_id)
+        is_asked = False
         while True:
-            await asyncio.sleep(_POLL / 4)
+            # looked for each time: one that is being submitted may come to the store first
+            run = self._runs.get(job_id)
+            if run is not None:
+                self._dismiss(run)
+                return await run.end()
             job = await self.get(job_id)
             if job.finished is not None:
-                return job
+                break
+            self._check_open()
+            if not is_asked:
+                is_asked = True
+                await self._store.ask_to_dismiss(job_id)
+            await asyncio.sleep(_POLL / 4)
+        if not is_asked:
+            await self._store.remove(job_id)
+        return job
 
     async def watch(self, job_id: str) -> AsyncGenerator[Job, None]:
         """Yield a job as it is now, and then again after each change, until it has ended.
@@ -672,12 +716,13 @@ class JobRunner:
 
         Raises:
             JobNotFound: there is none, or no longer.
-            JobRunnerClosed: the runner was left, and the job is one of another process.
+            JobRunnerClosed: the runner was left, or never entered, and the job is one of another process.
         """
-        run = self._runs.get(job_id)
         job = await self.get(job_id)
+        run = self._runs.get(job_id)
         yield job
         while job.finished is None:
+            run = run or self._runs.get(job_id)  # one that is being submitted may come to the store first
             if run is None:
                 await asyncio.sleep(_POLL)
                 self._check_open()
@@ -705,7 +750,12 @@ class JobRunner:
             offset: how many to leave out before them.
             status: only those of this status, or of one of these.
             pipeline: only those of this name of a pipeline, or of one of these.
+
+        Raises:
+            JobRunnerClosed: the runner was never entered.
+            TypeError, ValueError: an argument that can't be used.
         """
+        self._check_entered()
         check_count("limit", limit, least=0, message="limit must be greater than or equal to 0")
         check_count("offset", offset, least=0, message="offset must be greater than or equal to 0")
         statuses = _collection(status)
@@ -713,10 +763,13 @@ class JobRunner:
             if wanted not in _STATUSES:
                 raise ValueError(f"status must be one of {', '.join(_STATUSES)}, not {wanted!r}")
         await self._store.evict(before=self._oldest(), keep=self._keep)
+        runs = self._runs.copy()  # of one that ends meanwhile, the store's answer is older
         jobs = await self._store.list(
             limit=limit, offset=offset, status=statuses, pipeline=_collection(pipeline)
         )
-        return [self._runs[job.id].job if job.id in self._runs else job for job in jobs]
+        runs.update(self._runs)
+        latest = (runs[job.id].job if job.id in runs else job for job in jobs)
+        return [job for job in latest if statuses is None or job.status in statuses]
 
     def __repr__(self) -> str:
         state = "open" if self._is_open else "closed"
@@ -726,6 +779,10 @@ class JobRunner:
 
     def _check_open(self) -> None:
         if not self._is_open:
+            raise JobRunnerClosed
+
+    def _check_entered(self) -> None:
+        if not self._was_entered:
             raise JobRunnerClosed
 
     def _new_run(
@@ -746,13 +803,36 @@ class JobRunner:
         return _Run(job, with_progress(step), value, {} if context is None else context, timeout, self._now)
 
     async def _add(self, run: _Run) -> None:
+        job = run.job
+        if job.id in self._runs or job.id in self._adding:
+            raise DuplicateJob(job.id)
+        self._adding.add(job.id)
+        self._idle.clear()
         async with run.lock:
             try:
-                await self._store.add(run.job)
-            except asyncio.CancelledError:  # it may be there or not
-                self._run_errand(self._store.remove(run.job.id))
+                await self._store.add(job)
+            except asyncio.CancelledError:
+                self._run_errand(self._take_back(job))
                 raise
-            self._runs[run.job.id] = run
+            except BaseException:
+                self._added(job)
+                raise
+            self._runs[job.id] = run
+            self._adding.discard(job.id)
+
+    def _added(self, job: Job) -> None:
+        self._adding.discard(job.id)
+        self._look_whether_idle()
+
+    async def _take_back(self, job: Job) -> None:
+        """Remove a job that was being added, if it is there; if it is not, another one of its id may be."""
+        try:
+            if await self._store.get(job.id) == job:
+                await self._store.remove(job.id)
+        except Exception as error:
+            logger.error("job %s, whose submission was cancelled, is in the store", job.id, exc_info=error)
+        finally:
+            self._added(job)
 
     def _start_pending(self) -> None:
         while self._pending and self._jobs_running < self._concurrency:
@@ -760,19 +840,28 @@ class JobRunner:
 
     def _start(self, run: _Run) -> asyncio.Task[None]:
         self._running.add(run)
-        self._jobs_running += run.is_job
+        self._count(run, run.is_job)
         self._idle.clear()
         work = self._work(run)
-        run.task = self._loop.create_task(work, name=f"job {run.job.id}", context=run.variables)
-        run.task.add_done_callback(lambda task: self._release(run, task))
-        return run.task
+        try:
+            task = self._loop.create_task(work, name=f"job {run.job.id}", context=run.variables)
+        except (KeyboardInterrupt, SystemExit):  # an eager task raises them here
+            self._release(run, run.task)
+            raise
+        run.task = task
+        task.add_done_callback(lambda task: self._release(run, task))
+        return task
 
-    def _release(self, run: _Run, task: asyncio.Task[None]) -> None:
+    def _count(self, run: _Run, is_counted: bool) -> None:
+        self._jobs_running += is_counted - run.is_counted
+        run.is_counted = is_counted
+
+    def _release(self, run: _Run, task: asyncio.Task[None] | None) -> None:
         self._running.discard(run)
-        self._jobs_running -= run.is_job
+        self._count(run, False)
         if not run.is_ending:  # cancelled before it began
             self._run_errand(self._end(run, self._end_of_cancelled(run, asyncio.CancelledError())))
-        if not task.cancelled():
+        if task is not None and not task.cancelled():
             task.exception()  # KeyboardInterrupt and the like: the loop has raised it already
         if not self._cut.is_set():
             self._start_pending()
@@ -786,6 +875,7 @@ class JobRunner:
 
     async def _work(self, run: _Run) -> None:
         _current.set(run)
+        run.task = asyncio.current_task()  # an eager one is not known to who has made it yet
         fatal: BaseException | None = None
         try:
             run.update(status="running", started=self._now())
@@ -799,8 +889,13 @@ class JobRunner:
         except BaseException as error:
             end = _failure(run.job, error)
             fatal = None if isinstance(error, Exception) else error
+        if run.is_dismissed:
+            end = {"status": "dismissed"}
         try:
-            await self._end(run, {"status": "dismissed"} if run.is_dismissed else end)
+            try:
+                await self._end(run, end)
+            except asyncio.CancelledError:  # a request that a handler has left behind
+                self._run_errand(self._end(run, end) if run.job.finished is None else self._evict())
             if fatal is not None:
                 raise fatal
         finally:
@@ -824,7 +919,8 @@ class JobRunner:
             return
         run.is_dismissed = True
         if run.task is not None:
-            run.task.cancel()
+            if not self._cut.is_set():  # which has cancelled it
+                run.task.cancel()
         elif self._pending.pop(run.job.id, None) is not None:
             self._run_errand(self._end(run, {"status": "dismissed"}))
 
@@ -835,7 +931,9 @@ class JobRunner:
         if not run.is_job:
             run.publish(job)
             return
-        run.publish(await self._save_end(run, job))
+        job = await self._save_end(run, job)
+        self._count(run, False)  # who is told the end may expect that there is room for another
+        run.publish(job)
         self._runs.pop(job.id, None)
         self._last_end = self._loop.time()
         await self._evict()
@@ -852,11 +950,12 @@ class JobRunner:
             try:
                 await self._store.save(run.job)
             except Exception as error:
+                run.is_unsaved = True
                 logger.error("job %s could not be saved; it goes on", run.job.id, exc_info=error)
 
     async def _save_end(self, run: _Run, job: Job) -> Job:
         async with run.lock:
-            while True:
+            while run.is_job:
                 try:
                     await self._store.save(job)
                     return job
@@ -870,22 +969,20 @@ class JobRunner:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_RETRY):
                         await self._cut.wait()
+        return job
 
     async def _evict(self) -> None:
         try:
             await self._store.evict(before=self._oldest(), keep=self._keep)
         except Exception as error:
             logger.error("jobs could not be removed from the store", exc_info=error)
-        if self._eviction is None and not self._cut.is_set():
-            when = max(self._last_end, self._loop.time() - self._ttl) + self._ttl
+        when = self._last_end + self._ttl + 0.001  # not before it is older than that by a microsecond
+        if self._eviction is None and when > self._loop.time() and not self._cut.is_set():
             self._eviction = self._loop.call_at(when, self._evict_later)
 
     def _evict_later(self) -> None:
         self._eviction = None
-        if self._last_end + self._ttl > self._loop.time():
-            self._run_errand(self._evict())
-        else:
-            self._run_errand(self._store.evict(before=self._oldest(), keep=self._keep))
+        self._run_errand(self._evict())
 
     async def _poll(self) -> None:
         """Save what has changed for other processes, and do what they have asked for."""
@@ -934,7 +1031,12 @@ class JobRunner:
             if run.task is not None and not run.is_ending and not run.is_dismissed:
                 run.task.cancel()
         closing = self._loop.create_task(self._close())
-        await _ended(closing)
+        try:
+            await _ended(closing)
+        except asyncio.CancelledError:
+            if (error := closing.exception()) is not None:
+                logger.error("the store could not be closed", exc_info=error)
+            raise
         closing.result()
 
     async def _close(self) -> None:

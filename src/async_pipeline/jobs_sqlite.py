@@ -55,7 +55,6 @@ _SCHEMA = (
     "CREATE INDEX jobs_unfinished ON jobs (owner, asked) WHERE finished IS NULL",
     "CREATE INDEX jobs_finished ON jobs (finished) WHERE finished IS NOT NULL",
     f"PRAGMA application_id = {_APPLICATION}",
-    f"PRAGMA user_version = {_VERSION}",
 )
 _SHOWN = "id, pipeline, status, progress, message, created, updated, started, finished, error, result"
 _ADD = f"INSERT INTO jobs ({_SHOWN}, owner) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -421,6 +420,7 @@ class _Database:
                 f"{self._path!r} was written by another version of async_pipeline (its format is {version}, "
                 f"not {_VERSION}); use that one, or choose another path"
             )
+        self._db.execute(f"PRAGMA user_version = {_VERSION}")  # fails at once where nothing may be written
         self._db.execute("COMMIT")
         if self._single("PRAGMA journal_mode = WAL") != "wal":
             raise OSError(errno.ENOTSUP, "SQLite can't share a file there")

@@ -16,7 +16,7 @@ const browser = await chromium.launch({
     "--disable-sync",
   ],
 });
-const PATIENCE = 20_000; // milliseconds
+const PATIENCE = 10_000; // milliseconds
 
 async function until(page, condition, argument) {
   const end = Date.now() + PATIENCE;
@@ -67,7 +67,10 @@ async function open(path, options = {}) {
     await page.clock.pauseAt(1000);
   }
   await page.goto(site + path);
-  if (options.javaScriptEnabled !== false) await settled(page);
+  if (options.javaScriptEnabled !== false) {
+    await until(page, () => window.asked.length);
+    await settled(page);
+  }
   return { context, page, complaints, requests };
 }
 
@@ -137,6 +140,11 @@ function look() {
     outside: all("body *")
       .filter((element) => isShown(element) && element.getBoundingClientRect().right > innerWidth + 1)
       .map(outer),
+    broken: all(".status").filter((element) => {
+      const range = document.createRange();
+      range.selectNodeContents(element);
+      return new Set([...range.getClientRects()].map((box) => box.top)).size > 1;
+    }).map(outer),
     sideways: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     texts,
     faint,
@@ -238,6 +246,14 @@ async function live() {
   await after("no JSON", 5000, { mode: "garbage" });
   await after("back", 5000, { mode: "", jobs: [half[0], job("b", "successful", 100), job("a", "running", 2)] });
 
+  await say({ mode: "hanging" });
+  await page.clock.runFor(1000 + 9999);
+  await note("just before too late");
+  await page.clock.runFor(1);
+  await settled(page);
+  await note("too late");
+  await after("in time", 5000, { mode: "" });
+
   await page.evaluate(() => window.hide(true));
   await page.clock.runFor(60_000);
   await settled(page);
@@ -261,6 +277,7 @@ async function live() {
   await button.focus();
   await page.keyboard.press("Enter");
   await page.keyboard.press("Enter");
+  await until(page, () => window.asked.at(-1).startsWith("DELETE"));
   await page.clock.runFor(1000);
   await until(page, () => window.answered === window.asked.length - 1);
   await note("being dismissed");

@@ -12,6 +12,7 @@ from ..events import logger
 
 try:
     from fastapi import HTTPException, Request, WebSocket
+    from starlette.exceptions import HTTPException as StarletteHTTPException
     from starlette.requests import ClientDisconnect
     from starlette.responses import StreamingResponse
     from starlette.types import Message, Receive, Send
@@ -56,10 +57,11 @@ def cancel_on_disconnect(request: Request) -> AbstractAsyncContextManager[None]:
 
     Put it around the work, not around the sending of the response (as in the generator of a
     ``StreamingResponse``, or in a dependency that ends after it): a response that was sent to its end
-    looks like a client that has gone.
+    looks like a client that has gone. Put it into handlers and their dependencies: what an
+    ``@app.middleware("http")`` calls is not cancelled with it.
 
     Args:
-        request: the handler's, or a middleware's.
+        request: the handler's.
 
     Raises:
         ClientDisconnected: out of the block, when the client has gone.
@@ -145,7 +147,7 @@ class _Inbox:
         self.receive = receive
         self.is_gone = False
         self._blocks: list[_Block] = []
-        self._aside: deque[Message] = deque()
+        self._aside: deque[Message | Exception] = deque()
         self._size = 0
         self._turn = asyncio.Lock()
         self._room = asyncio.Event()
@@ -187,6 +189,8 @@ class _Inbox:
         if not self._aside:
             return {"type": "http.disconnect"}  # as often as it is asked, whatever the server does
         message = self._aside.popleft()
+        if isinstance(message, Exception):
+            raise message
         self._size -= _size_of(message)
         self._room.set()
         return message
@@ -213,7 +217,9 @@ class _Inbox:
             while self._blocks and not self.is_gone:
                 await self._read()
         except Exception as error:
-            logger.error("%r failed; the run goes on, unwatched", self.receive, exc_info=error)
+            self._aside.append(error)  # it is for who reads the body, if anybody does
+            if not isinstance(error, StarletteHTTPException):  # Starlette's limit of a body's size answers 413
+                logger.error("%r failed; the run goes on, unwatched", self.receive, exc_info=error)
 
     async def _read(self) -> None:
         while self._size >= _MOST_ASIDE:

@@ -205,7 +205,7 @@ function show(row, job) {
     const node = row.querySelector("." + name);
     if (!text && node === document.activeElement) row.querySelector(".job").focus();
     write(node, shown(text ?? ""));
-    if (node.hidden === Boolean(text)) node.hidden = !text;
+    node.toggleAttribute("hidden", !text);
     if (attribute) set(node, attribute, value);
   };
   const label = ended(status) ? "" : leaving.has(href) ? "Dismissing…" : "Dismiss";
@@ -242,7 +242,8 @@ async function refresh() {
     if (row.contains(document.activeElement)) document.getElementById("jobs").focus();
     row.remove();
   }
-  table.hidden = !(none.hidden = found.length > 0);
+  none.toggleAttribute("hidden", found.length > 0);
+  table.toggleAttribute("hidden", !found.length);
   if (lost || ends.length) write(news, ends.length > 3 ? ends.length + " jobs have ended" : ends.join(", "));
   lost = "";
   return found.some((job) => !ended(job.status));

@@ -588,19 +588,33 @@ def _typed_dict(name: str, fields: Mapping[str, Any]) -> Any:
     return cast(Any, typing_extensions.TypedDict)(name, fields)
 
 
-# -- TypedDicts of the standard library, which pydantic takes from Python 3.12 on
+# -- hints that pydantic does not read as they are
 
 
-def _portable(hint: Any, twins: dict[Any, Any]) -> Any:
-    """The hint with the twins of the TypedDicts in it, made by typing_extensions."""
+# of the standard library's, it takes TypedDicts from Python 3.12 on
+_TAKES_TYPED_DICTS = sys.version_info >= (3, 12)
+# of iterables, it would check each element when the handler comes to it, or none
+_LAZY = frozenset({Iterable, Collection})
+
+
+def _readable(hint: Any, twins: dict[Any, Any]) -> Any:
+    """The hint with lists for iterables, and with TypedDicts that pydantic takes.
+
+    Args:
+        hint: a type.
+        twins: those TypedDicts that are there already, by the ones for which they stand.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if is_typeddict(origin or hint):
-        return hint if type(origin or hint).__module__ != "typing" else _twin(hint, twins)
-    if origin is None or origin is Literal:
+        is_taken = _TAKES_TYPED_DICTS or type(origin or hint).__module__ != "typing"
+        return hint if is_taken else _twin(hint, twins)
+    if origin is Literal:
         return hint
     if origin is Annotated:
-        return Annotated[(_portable(arguments[0], twins), *arguments[1:])]
-    changed = tuple(_portable(argument, twins) for argument in arguments)
+        return Annotated[(_readable(arguments[0], twins), *arguments[1:])]
+    changed = tuple(_readable(argument, twins) for argument in arguments)
+    if (origin or hint) in _LAZY:
+        return list[changed] if changed else list  # type: ignore[valid-type]
     if all(one is other for one, other in zip(changed, arguments, strict=True)):
         return hint
     return Union[changed] if origin in (Union, UnionType) else origin[changed]  # noqa: UP007
@@ -614,7 +628,7 @@ def _twin(hint: Any, twins: dict[Any, Any]) -> Any:
     hints, required = {}, set()
     for name, field in get_type_hints(kind, include_extras=True).items():
         is_required, field = _unqualified(_filled_in(field, hint), name in kind.__required_keys__)
-        hints[name] = _portable(field, twins)
+        hints[name] = _readable(field, twins)
         if is_required:
             required.add(name)
     twin.__annotations__, twin.__doc__, twin.__module__ = hints, kind.__doc__, kind.__module__
@@ -649,18 +663,20 @@ def _filled_in(field: Any, hint: Any) -> Any:
 # -- schemas
 
 
+_NUMBER = r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?$"
+_INTEGER = r"^-?[0-9]{1,4000}$"
+
+
 class _Schemas(GenerateJsonSchema):
     """JSON Schemas that say what is accepted, without remarks on what they can't say."""
 
     ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012
-    _NUMBER = r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?$"
-    _INTEGER = r"^-?[0-9]{1,4000}$"
 
     def decimal_schema(self, schema: core_schema.DecimalSchema) -> dict[str, Any]:
         made = super().decimal_schema(schema)
         for choice in made.get("anyOf", [made]):
             if choice.get("type") == "string":
-                choice.setdefault("pattern", self._NUMBER)
+                choice.setdefault("pattern", _NUMBER)
         return made
 
     def set_schema(self, schema: core_schema.SetSchema) -> dict[str, Any]:
@@ -672,7 +688,7 @@ class _Schemas(GenerateJsonSchema):
     def dict_schema(self, schema: core_schema.DictSchema) -> dict[str, Any]:
         made = super().dict_schema(schema)
         if schema.get("keys_schema", {}).get("type") == "int":
-            made["propertyNames"] = {"pattern": self._INTEGER}
+            made["propertyNames"] = {"pattern": _INTEGER}
         return made
 
 
@@ -744,9 +760,7 @@ def _references(schema: Any) -> Iterator[str]:
 def _adapter(hint: Any, mode: Literal["validation", "serialization"], what: str) -> tuple[Any, Any]:
     """What reads and writes values of a type, and their schema."""
     try:
-        if sys.version_info < (3, 12):
-            hint = _portable(hint, {})
-        adapter: TypeAdapter[Any] = TypeAdapter(hint)
+        adapter: TypeAdapter[Any] = TypeAdapter(_readable(hint, {}))
         schema = adapter.json_schema(mode=mode, schema_generator=_Schemas)
     except Exception as error:
         reason = str(error).partition("\n")[0]
@@ -852,7 +866,8 @@ class _Inputs:
         self._adapter, schema = _adapter(hint, "validation", what)
         if not (_is_form(hint) and "properties" in schema):
             self._only = value.name
-            field = hint if value.default is _MISSING else NotRequired[hint]
+            field = _readable(hint, {})
+            field = field if value.default is _MISSING else NotRequired[field]
             only = _typed_dict("Inputs", {value.name: field})
             self._adapter, schema = _adapter(only, "validation", what)
             _finish(schema["properties"][value.name], value)
@@ -938,7 +953,7 @@ class _Inputs:
             value = self._adapter.validate_json(_encode(inputs), strict=True)
         except ValidationError as error:
             found = [_found(one, inputs) for one in error.errors(include_url=False, include_context=False)]
-            repaired = _with_integers(inputs, found) if repairs else None
+            repaired = _repaired(inputs, found) if repairs else None
             if repaired is not None:
                 return self._try(repaired, repairs - 1)
             return None, [_Fault(one.path, _words(one.kind, one.detail)) for one in found]
@@ -1033,25 +1048,29 @@ def _words(kind: str, detail: str) -> str:
     return detail if kind in _WORDS_FOR_PYDANTIC else "is not valid"
 
 
-def _with_integers(inputs: dict[str, Any], found: Sequence[_Found]) -> dict[str, Any] | None:
-    """The inputs with 1 for 1.0 where an integer is wanted: JSON Schema has both for the same."""
-    wanted = [
-        one
-        for one in found
-        if one.kind in ("int_type", "literal_error", "enum")
-        and isinstance(one.value, float)
-        and one.value.is_integer()
-    ]
-    if not wanted:
+def _repaired(inputs: dict[str, Any], found: Sequence[_Found]) -> dict[str, Any] | None:
+    """The inputs with the numbers that are wrong in their other forms; None if none has one."""
+    others = [(one.path, _other_form(one)) for one in found]
+    if all(other is None for _, other in others):
         return None
     changed: dict[str, Any] = json.loads(_encode(inputs))
-    for one in wanted:
-        *way, last = one.path
-        holder: Any = changed
-        for key in way:
-            holder = holder[key]
-        holder[last] = int(one.value)
+    for (*way, last), other in others:
+        if other is not None:
+            holder: Any = changed
+            for key in way:
+                holder = holder[key]
+            holder[last] = other
     return changed
+
+
+def _other_form(found: _Found) -> int | float | None:
+    """1 for 1.0 where an integer is wanted; to JSON Schema they are the same."""
+    value = found.value
+    if found.kind in ("int_type", "literal_error", "enum"):
+        return int(value) if isinstance(value, float) and value.is_integer() else None
+    if found.kind == "float_type" and type(value) is int:  # old pydantic takes none of 64 bits and more
+        return float(value) if abs(value) <= sys.float_info.max else None
+    return None
 
 
 # -- what pydantic takes although the schema forbids it: true for the literal 1, "1700000000" for a date
@@ -1068,6 +1087,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "object": (dict,),
 }
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_DECIMAL = re.compile(_NUMBER.replace("$", r"\Z"))
 
 
 def _check_of(schema: Any) -> _Check | None:
@@ -1090,7 +1110,9 @@ def _checks(schema: Any) -> Iterator[_Check | None]:
     if any(isinstance(choice, (int, float)) for choice in choices):
         yield functools.partial(_check_choice, choices)
     if schema.get("format") in ("date", "date-time"):
-        yield _check_date
+        yield functools.partial(_check_text, _DATE, "is not a date like 2020-12-31")
+    if schema.get("pattern") == _NUMBER:
+        yield functools.partial(_check_text, _DECIMAL, "is not a number")
     yield _check_fields(schema)
     yield _check_items(schema)
     for key in ("anyOf", "oneOf"):
@@ -1104,9 +1126,9 @@ def _check_choice(choices: Sequence[Any], path: _Path, value: Any) -> Iterator[_
         yield _Fault(path, "is not one of the values that there are")
 
 
-def _check_date(path: _Path, value: Any) -> Iterator[_Fault]:
-    if isinstance(value, str) and not _DATE.match(value):
-        yield _Fault(path, "is not a date like 2020-12-31")
+def _check_text(pattern: re.Pattern[str], detail: str, path: _Path, value: Any) -> Iterator[_Fault]:
+    if isinstance(value, str) and not pattern.match(value):
+        yield _Fault(path, detail)
 
 
 def _check_fields(schema: Mapping[str, Any]) -> _Check | None:
