@@ -35,7 +35,7 @@ async def double(value: int) -> int:
     return value * 2
 
 
-pipeline = Pipeline([add, double], name="double")
+pipeline: Pipeline[Numbers, int] = Pipeline([add, double], name="double")
 app = FastAPI()
 jobs = JobRunner(max_pending=10**9, keep=100)
 app.include_router(processes_router({"double": pipeline}, runner=jobs), prefix="/api")
@@ -91,7 +91,7 @@ async def post(path: str, value: Mapping[str, Any], headers: Mapping[str, str] =
         status = message.get("status", status)
         content += message.get("body", b"")
 
-    await app(scope, receive, send)  # type: ignore[arg-type]
+    await app(scope, receive, send)
     return status, content
 
 

@@ -67,7 +67,7 @@ async def render(text: str, context: dict[str, Any]) -> str:
     return f"[{context['language']}] {text}"
 
 
-report = Pipeline([fetch, render], name="report")
+report: Pipeline[str, str] = Pipeline([fetch, render], name="report")
 
 
 @app.get("/report/{name}")
@@ -107,7 +107,7 @@ async def note_visit(address: str) -> str:
     return "noted"
 
 
-@app.post("/signup", status_code=202)
+@app.post("/signup", status_code=202, responses={400: {"description": "The body can't be read"}})
 async def signup(form: Signup) -> dict[str, str]:
     mail = await jobs.submit(send_mail, form.address)
     visit = await jobs.submit(note_visit, form.address)  # whatever becomes of the mail

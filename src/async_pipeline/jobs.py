@@ -7,6 +7,7 @@
 """
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from contextvars import Context, ContextVar, copy_context
@@ -319,8 +320,10 @@ class _Progress:
         elif run.measure is not None and run.measure.run_id == event.run_id:
             if event.kind == "stage_start":
                 run.measure.begin(event)
-            elif event.kind == "stage_end" and run.measure.end(event):
-                run.advance()
+            elif event.kind == "stage_end":
+                run.hear()
+                if run.measure.end(event):
+                    run.advance()
             elif event.kind == "run_end":
                 run.measure = None
 
@@ -339,9 +342,13 @@ class _Measure:
 
     def begin(self, event: Event) -> None:
         leaf = self._leaf
-        if leaf is None or event.element or event.stage is None:
+        if leaf is None or event.stage is None:
             return
-        if event.stage == leaf.path:
+        if event.stage == leaf.element_path and event.element == (0,):
+            self._elements_done = 0  # a middleware may run all of them again
+        elif event.element:
+            return
+        elif event.stage == leaf.path:
             self._elements, self._elements_done = event.elements, 0
         elif event.stage in leaf.ends:
             self._ends[event.stage] = leaf.ends[event.stage]
@@ -373,7 +380,7 @@ class _Measure:
     @property
     def fraction(self) -> float:
         part = self._elements_done / self._elements if self._elements else self._fraction
-        return (self._done + part) / len(self._leaves)
+        return (self._done + min(1.0, part)) / len(self._leaves)
 
     @property
     def _leaf(self) -> _Leaf | None:
@@ -409,6 +416,7 @@ class _Run:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._changed: asyncio.Event | None = None
+        self._reports: deque[tuple[float, str | None]] = deque()  # of threads
 
     def update(self, **changes: Any) -> None:
         self.publish(self.changed(**changes))
@@ -442,8 +450,14 @@ class _Run:
         if loop is self._loop:
             self._report(fraction, message)
             return
+        self._reports.append((fraction, message))
         with suppress(RuntimeError):  # a thread that outlives the loop is not heard
-            self._loop.call_soon_threadsafe(self._report, fraction, message)
+            self._loop.call_soon_threadsafe(self.hear)
+
+    def hear(self) -> None:
+        """Take into account what threads have reported; before their result is, which can be faster."""
+        while self._reports:
+            self._report(*self._reports.popleft())
 
     def _report(self, fraction: float, message: str | None) -> None:
         if self.is_ending:
@@ -782,7 +796,7 @@ class JobRunner:
             raise JobRunnerClosed
 
     def _check_entered(self) -> None:
-        if not self._was_entered:
+        if not self._was_entered or (self._store.is_shared and not self._is_entered):
             raise JobRunnerClosed
 
     def _new_run(
@@ -926,6 +940,7 @@ class JobRunner:
 
     async def _end(self, run: _Run, end: Mapping[str, Any]) -> None:
         """Let everybody know the end of a job, when the store knows it."""
+        run.hear()
         run.is_ending = True
         job = run.changed(finished=self._now(), **end)
         if not run.is_job:

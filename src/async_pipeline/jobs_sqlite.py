@@ -76,11 +76,11 @@ class SqliteJobStore:
     process looks at it, or a store of the file is opened.
 
     A result must be JSON, and comes back as JSON has it: a tuple as a list, the keys of a dict as strings.
-    Encoding and decoding take some milliseconds per megabyte, in which the event loop waits too, so keep
-    results small; :meth:`list` decodes each that it returns. All else is done by a thread of the store's own,
-    what is asked for at the same time in one transaction. A call that is cancelled may happen
-    nevertheless. What was saved survives a crash of the process; after a power failure the last changes
-    may be missing.
+    Encoding and decoding it take ten milliseconds per megabyte or more, in which the event loop waits too, so
+    keep results small; :meth:`list` decodes each that it returns. All else is done by a thread of the store's
+    own, what is asked for at the same time in one transaction. A call that is cancelled may happen
+    nevertheless. What was saved survives a crash of the process; after a power failure the last changes may
+    be missing.
 
     The file and those beside it (``-wal``, ``-shm``, and a lock file for each open store; leave them alone
     while a process uses them) can be read by their user only. They need a local disk: a network file
@@ -409,8 +409,9 @@ class _Database:
 
     def _prepare(self) -> None:
         self._db.execute("BEGIN IMMEDIATE")
+        tables = self._single("SELECT count(*) FROM sqlite_master")  # before any change: it may be damaged
         application, version = self._single("PRAGMA application_id"), self._single("PRAGMA user_version")
-        if (application, version) == (0, 0) and not self._single("SELECT count(*) FROM sqlite_master"):
+        if (application, version, tables) == (0, 0, 0):
             for statement in _SCHEMA:
                 self._db.execute(statement)
         elif application != _APPLICATION:

@@ -16,7 +16,7 @@ const browser = await chromium.launch({
     "--disable-sync",
   ],
 });
-const PATIENCE = 10_000; // milliseconds
+const PATIENCE = 20_000; // milliseconds
 
 async function until(page, condition, argument) {
   const end = Date.now() + PATIENCE;
@@ -202,6 +202,7 @@ async function live() {
           .join(" ");
       }),
       bars: [...document.querySelectorAll("progress")].map((bar) => bar.value),
+      columns: [...document.querySelectorAll("thead th")].map((header) => header.offsetLeft),
       news: document.getElementById("news").textContent,
       focus: document.activeElement.getAttribute("href") ?? document.activeElement.id,
       selection: String(getSelection()),
@@ -297,7 +298,16 @@ async function live() {
   await until(page, () => document.getElementById("news").textContent.includes("dismiss"));
   await settled(page);
   await note("gone before");
-  await after("anew", 5000, { jobs: [job("k", "accepted")] });
+  await after("anew", 5000, { jobs: [job("k", "accepted", 0, { message: "long ".repeat(50) })] });
+  await say({ mode: "503" });
+  await button.click();
+  await until(page, () => document.getElementById("news").textContent.includes("refresh"));
+  await note("refused to dismiss");
+  await say({ mode: "" });
+  await button.click();
+  await until(page, () => document.querySelector("[data-status=dismissed]"));
+  await settled(page);
+  await note("dismissed at last");
   await context.close();
   return { seen, complaints, requests };
 }

@@ -26,11 +26,10 @@ PLAYWRIGHT = os.environ.get("PLAYWRIGHT", "")
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 PATIENCE = 240  # seconds for what takes some
 
-in_browser = pytest.mark.skipif(
-    not (PLAYWRIGHT and shutil.which("node") and os.path.exists(CHROMIUM)),
-    reason="install Node.js 20 or newer and Chromium (apt-get install nodejs npm chromium), then: "
+HOW_TO = (
+    "install Node.js 20 or newer and Chromium (apt-get install nodejs npm chromium), then: "
     'npm install --prefix "$HOME/playwright" playwright-core, and name the folder: '
-    'export PLAYWRIGHT="$HOME/playwright"; a Chromium elsewhere than /usr/bin: export CHROMIUM=...',
+    'export PLAYWRIGHT="$HOME/playwright"; a Chromium elsewhere than /usr/bin: export CHROMIUM=...'
 )
 
 Job = Mapping[str, Any]
@@ -122,6 +121,7 @@ def test_a_job() -> None:
     ((_, bar),) = [element for element in read.elements if element[0] == "progress"]
     assert bar == {"max": "100", "value": "100", "aria-label": "Progress"}
     assert ("tr", {"data-status": "successful"}) in read.elements
+    assert ("th", {"scope": "row"}) in read.elements
 
 
 def test_what_a_job_lacks_is_hidden() -> None:
@@ -399,6 +399,9 @@ def seen_in_browser(*names: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def browser() -> dict[str, Any]:
+    """What a browser has seen, of which each test below looks at a part."""
+    if not (PLAYWRIGHT and shutil.which("node") and os.path.exists(CHROMIUM)):
+        pytest.skip(HOW_TO)
     return seen_in_browser(*PAGES)
 
 
@@ -408,7 +411,6 @@ TAGS = (
 TAGS += "th td span button progress time template noscript script"
 
 
-@in_browser
 @pytest.mark.threads
 @pytest.mark.parametrize("name", PAGES)
 def test_how_it_looks(browser: dict[str, Any], name: str) -> None:
@@ -430,7 +432,6 @@ def test_how_it_looks(browser: dict[str, Any], name: str) -> None:
         assert len(look["rows"]) == len(look["bars"]) == len(PAGES[name][1])
 
 
-@in_browser
 @pytest.mark.threads
 def test_it_is_complete_without_javascript(browser: dict[str, Any]) -> None:
     for look in browser["looks"]["busy"]:
@@ -447,7 +448,6 @@ def test_it_is_complete_without_javascript(browser: dict[str, Any]) -> None:
         assert "/busy/jobs/nightly/results" in look["links"]
 
 
-@in_browser
 @pytest.mark.threads
 def test_what_a_screen_reader_is_told(browser: dict[str, Any]) -> None:
     for look in browser["looks"]["busy"]:
@@ -471,7 +471,6 @@ def test_what_a_screen_reader_is_told(browser: dict[str, Any]) -> None:
         assert sum(line.startswith("- row ") for line in told) == 6
 
 
-@in_browser
 @pytest.mark.threads
 def test_hostile_names_are_text_in_a_browser(browser: dict[str, Any]) -> None:
     for look in browser["looks"]["hostile"]:
@@ -485,7 +484,6 @@ def test_hostile_names_are_text_in_a_browser(browser: dict[str, Any]) -> None:
         assert SHOWN in look["rows"][0][3:]
 
 
-@in_browser
 @pytest.mark.threads
 @pytest.mark.parametrize("name", ["busy", "hostile", "many"])
 def test_the_script_makes_the_same_rows(browser: dict[str, Any], name: str) -> None:
@@ -495,7 +493,6 @@ def test_the_script_makes_the_same_rows(browser: dict[str, Any], name: str) -> N
         assert look["html"] == copy
 
 
-@in_browser
 @pytest.mark.threads
 def test_where_the_keyboard_leads(browser: dict[str, Any]) -> None:
     stops = browser["tabbed"]
@@ -526,7 +523,6 @@ def seen(browser: dict[str, Any]) -> dict[str, Any]:
 REFRESH = "GET /live/jobs?limit=50 application/json"
 
 
-@in_browser
 @pytest.mark.threads
 class TestLive:
     """One page, while what the server says changes."""
@@ -555,6 +551,10 @@ class TestLive:
     def test_what_is_unchanged_is_not_touched(self, seen: dict[str, Any]) -> None:
         assert seen["unchanged"]["changes"] == 0
         assert seen["ended"]["changes"] > 0
+
+    def test_columns_stay_where_they_are(self, seen: dict[str, Any]) -> None:
+        assert len({tuple(one["columns"]) for one in seen.values() if one["table"]}) == 1
+        assert len(set(seen["first"]["columns"])) == 4
 
     def test_an_end_is_told_and_focus_is_not_lost_with_a_button(self, seen: dict[str, Any]) -> None:
         assert seen["unchanged"]["news"] == ""
@@ -629,9 +629,22 @@ class TestLive:
         assert (gone["rows"], gone["table"], gone["none"]) == ([], False, True)
         assert (seen["anew"]["table"], seen["anew"]["none"]) == (True, False)
 
+    def test_dismiss_again(self, seen: dict[str, Any]) -> None:
+        ask = "/live/jobs/k application/json"
+        assert seen["refused to dismiss"]["asked"] == [f"GET {ask}", REFRESH]
+        assert seen["dismissed at last"]["asked"] == [f"GET {ask}", f"DELETE {ask}", REFRESH]
+        assert seen["dismissed at last"]["rows"] == [f"k dismissed 0 % {'long ' * 50}"]
+
     def test_it_asks_nobody_else_and_complains_of_nothing_else(self, browser: dict[str, Any]) -> None:
         live = browser["live"]
-        ours = {"/live/", "/live/jobs?limit=50", "/live/jobs/h", "/live/jobs/i", "/live/jobs/j"}
+        ours = {
+            "/live/",
+            "/live/jobs?limit=50",
+            "/live/jobs/h",
+            "/live/jobs/i",
+            "/live/jobs/j",
+            "/live/jobs/k",
+        }
         assert set(live["requests"]) == ours
-        assert len(live["complaints"]) == 3
+        assert len(live["complaints"]) == 5
         assert all(complaint.startswith("Failed to load resource") for complaint in live["complaints"])

@@ -119,7 +119,9 @@ class _Block:
         try:
             await self._inbox.leave(self)
         finally:
-            if self._request._receive is self._inbox and self._inbox.is_spent():
+            if self._inbox.is_gone:
+                self.note_disconnect()
+            elif self._request._receive is self._inbox and self._inbox.is_spent():
                 self._request._receive = self._inbox.receive
         if is_ours:
             raise ClientDisconnected from error
@@ -161,7 +163,8 @@ class _Inbox:
             if self._aside or self.is_gone:
                 return self._take()
             message = await self.receive()
-            self._look_at(message)
+            if _is_disconnect(message):
+                self._note_disconnect()
             return message
 
     def enter(self, block: _Block, is_gone: bool) -> asyncio.Handle:
@@ -174,8 +177,6 @@ class _Inbox:
     async def leave(self, block: _Block) -> None:
         """Forget a block; with the last one the watcher ends."""
         self._blocks.remove(block)
-        if self.is_gone:
-            block.note_disconnect()
         if self._blocks or self._watcher is None:
             return
         watcher, self._watcher = self._watcher, None
@@ -183,7 +184,7 @@ class _Inbox:
 
     def is_spent(self) -> bool:
         """Tell whether the request does as well without it."""
-        return not (self._blocks or self._aside or self.is_gone or self._turn.locked())
+        return not (self._blocks or self._aside or self._turn.locked())
 
     def _take(self) -> Message:
         if not self._aside:
@@ -195,12 +196,10 @@ class _Inbox:
         self._room.set()
         return message
 
-    def _look_at(self, message: Message) -> bool:
-        if message["type"] == "http.disconnect":
-            self.is_gone = True
-            # later, because a block's own task may be the one that has read it
-            asyncio.get_running_loop().call_soon(self._cancel)
-        return self.is_gone
+    def _note_disconnect(self) -> None:
+        self.is_gone = True
+        # later, because a block's own task may be the one that has read it
+        asyncio.get_running_loop().call_soon(self._cancel)
 
     def _cancel(self) -> None:
         for block in self._blocks:
@@ -218,7 +217,7 @@ class _Inbox:
                 await self._read()
         except Exception as error:
             self._aside.append(error)  # it is for who reads the body, if anybody does
-            if not isinstance(error, StarletteHTTPException):  # Starlette's limit of a body's size answers 413
+            if not isinstance(error, StarletteHTTPException):  # as it is when the body is too large
                 logger.error("%r failed; the run goes on, unwatched", self.receive, exc_info=error)
 
     async def _read(self) -> None:
@@ -228,12 +227,16 @@ class _Inbox:
         async with self._turn:
             self._reading = _Reading(self.receive)
             try:
-                message = await self._reading
+                self._keep(await self._reading)
             finally:
                 self._reading = None
-            if not self._look_at(message):
-                self._aside.append(message)
-                self._size += _size_of(message)
+
+    def _keep(self, message: Message) -> None:
+        if _is_disconnect(message):
+            self._note_disconnect()
+        else:
+            self._aside.append(message)
+            self._size += _size_of(message)
 
     async def _end(self, watcher: "asyncio.Task[None]") -> None:
         """End the watcher without losing a message that it is about to get, also when this is cancelled."""
@@ -292,6 +295,10 @@ class _Reading(Generator[Any, Any, Message]):
 
 async def _call(receive: Receive) -> Message:
     return await receive()
+
+
+def _is_disconnect(message: Message) -> bool:
+    return bool(message["type"] == "http.disconnect")
 
 
 def _size_of(message: Message) -> int:

@@ -17,21 +17,27 @@ _LOOK = 0.5  # seconds between two looks at whether the server is stopping
 
 
 def server_is_stopping() -> bool:
-    """Tell whether uvicorn has been told to stop.
+    """Tell whether uvicorn is about to stop.
 
     It waits for all connections before it runs the end of the lifespan, so that what never ends by itself
     would keep it for ever. Its signal handlers are methods of the server, also in each of several workers.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         server = getattr(signal.getsignal(number), "__self__", None)
-        if getattr(server, "should_exit", False) is True:
+        if getattr(server, "should_exit", False) is True or _is_closed(server):
             return True
     return False
 
 
+def _is_closed(server: Any) -> bool:
+    """Tell whether it has stopped listening, as at ``limit_max_requests``, which sets no flag."""
+    listening = [getattr(each, "is_serving", None) for each in getattr(server, "servers", ())]
+    return bool(listening) and not any(is_serving is None or is_serving() for is_serving in listening)
+
+
 def event_id(job: Job) -> str:
     """What a client that reconnects sends back, to tell what it has seen last."""
-    return job.updated.isoformat()
+    return f"{job.updated.isoformat()}/{job.status}"  # two changes may come at the same time
 
 
 async def events(
@@ -56,8 +62,27 @@ async def events(
                 yield ": ping\n\n"
     finally:
         upcoming.cancel()
-        await asyncio.wait((upcoming,))
-        await changes.aclose()
+        try:
+            await _end(upcoming)
+        finally:
+            await changes.aclose()
+
+
+async def _end(task: "asyncio.Future[Job | None]") -> None:
+    """Wait until a task has ended, also while this is cancelled in each turn of the loop, as anyio does."""
+    cancellation: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as error:
+            cancellation = error
+    if not task.cancelled():
+        task.exception()  # which nobody hears of any more
+    try:
+        if cancellation is not None:
+            raise cancellation
+    finally:
+        del cancellation  # its traceback holds this frame
 
 
 async def _next(changes: AsyncGenerator[Job, None]) -> Job | None:

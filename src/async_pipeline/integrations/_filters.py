@@ -10,9 +10,9 @@ __all__ = ["INTERVAL", "STATUSES", "JobFilter", "parts", "query"]
 
 STATUSES = ("accepted", "running", "successful", "failed", "dismissed")
 
-_MOMENT = (
-    r"[12]\d{3}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
-    r"T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(Z|[+-](0\d|1[0-4]):[0-5]\d)"
+_MOMENT = (  # \d would be any digit of Unicode
+    r"[12][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+    r"T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-](0[0-9]|1[0-4]):[0-5][0-9])"
 )
 INTERVAL = rf"^({_MOMENT}|({_MOMENT}|\.\.)/({_MOMENT}|\.\.))$"
 """What ``datetime`` may be: a moment of RFC 3339, or two with a slash between; ``..`` is no bound."""
@@ -47,9 +47,11 @@ class JobFilter:
         """Tell whether a job is one of those."""
         if self.is_none:
             return False
-        if self._first is not None and job.created < self._first:
+        # as it is shown, in milliseconds, so that a client finds a job by the time that it was told
+        created = job.created.replace(microsecond=job.created.microsecond // 1000 * 1000)
+        if self._first is not None and created < self._first:
             return False
-        if self._last is not None and job.created > self._last:
+        if self._last is not None and created > self._last:
             return False
         if self._least is None and self._most is None:
             return True

@@ -268,7 +268,7 @@ for (;;) {
   }));
   await new Promise((done) => {
     wake = done;
-    if (!document.hidden) setTimeout(done, busy ? 1000 : 5000);
+    setTimeout(done, busy ? 1000 : 5000);
   });
 }
 </script></body></html>

@@ -1,13 +1,15 @@
 """What goes wrong with a request, as the JSON of RFC 9457."""
 
 import json
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic_core import core_schema
+from starlette.types import Receive, Scope, Send
 
 from ..errors import DuplicateJob, JobNotFound, JobQueueFull, JobRunnerClosed
 from ..jobs import JobFailure
@@ -20,12 +22,17 @@ __all__ = [
     "failed",
     "json_response",
     "no_such_process",
+    "not_allowed",
 ]
 
 OGC = "http://www.opengis.net/def/exceptions/ogcapi-processes-1/1.0/"
 RETRY_AFTER = 1
 """Seconds after which a client may ask again."""
 
+_WORDS_FOR_PYDANTIC = frozenset(get_args(core_schema.ErrorType)) - {
+    # these have the text of an exception in them
+    *("value_error", "assertion_error", "get_attribute_error", "iteration_error", "mapping_type"),
+}
 _TIMEOUTS = ("DeadlineExceeded", "StageTimeoutError")
 
 
@@ -90,6 +97,13 @@ class ProblemRoute(APIRoute):
 
         return answer
 
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        methods: Collection[str] = self.methods or ()
+        if scope["method"] in methods:
+            await super().handle(scope, receive, send)
+        else:
+            await not_allowed(scope["method"], methods).response()(scope, receive, send)
+
 
 def _problem_of(error: Exception) -> Problem:
     if isinstance(error, RequestValidationError):
@@ -107,7 +121,7 @@ def _problem_of(error: Exception) -> Problem:
 def _fault(error: Mapping[str, Any]) -> dict[str, str]:
     """What FastAPI says of a parameter."""
     place, *path = (str(part) for part in error["loc"])
-    detail = "is not valid" if error["type"] in ("value_error", "assertion_error") else str(error["msg"])
+    detail = str(error["msg"]) if error["type"] in _WORDS_FOR_PYDANTIC else "is not valid"
     if place == "body":
         return {"pointer": "".join(f"/{_escaped(part)}" for part in path), "detail": detail}
     return {"parameter": ".".join(path), "in": place, "detail": detail}
@@ -122,6 +136,11 @@ def no_such_process(process_id: str) -> Problem:
     return Problem(
         404, f"there is no process {process_id!r}", kind=f"{OGC}no-such-process", title="No such process"
     )
+
+
+def not_allowed(method: str, allowed: Collection[str]) -> Problem:
+    headers = {"Allow": ", ".join(sorted(allowed))}
+    return Problem(405, f"{method} is not allowed here", headers=headers)
 
 
 def failed(failure: JobFailure, *, is_waiting: bool) -> Problem:

@@ -8,6 +8,7 @@
 import asyncio
 import datetime as dates
 import json
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
@@ -21,13 +22,17 @@ try:
     from fastapi.responses import HTMLResponse, StreamingResponse
     from pydantic import Field
     from pydantic_core import from_json, to_jsonable_python
-except ImportError as error:
-    raise ImportError("FastAPI support requires installing async-pipeline[fastapi]") from error
+    from starlette.requests import ClientDisconnect
+except ImportError as _missing:
+    raise ImportError("FastAPI support requires installing async-pipeline[fastapi]") from _missing
 
+from ..events import logger
 from ..jobs import Job, JobContext, JobRunner, with_progress
 from ..middlewares.cache import Cache, MemoryCache
 from ..pipeline import Pipeline
 from ..retry import check_seconds
+from ..stage import raise_cancellation
+from ._descriptions import read_descriptions
 from ._disconnect import ClientDisconnected, ClosingStreamingResponse, cancel_on_disconnect
 from ._events import event_id, events
 from ._filters import INTERVAL, STATUSES, JobFilter, parts, query
@@ -44,8 +49,17 @@ from ._openapi import (
     execution,
     results,
 )
-from ._problems import OGC, RETRY_AFTER, Problem, ProblemRoute, failed, json_response, no_such_process
-from ._process import BadInputs, Process, read_descriptions
+from ._problems import (
+    OGC,
+    RETRY_AFTER,
+    Problem,
+    ProblemRoute,
+    failed,
+    json_response,
+    no_such_process,
+    not_allowed,
+)
+from ._process import BadInputs, Process
 
 __all__ = ["ClientDisconnected", "ClosingStreamingResponse", "cancel_on_disconnect", "processes_router"]
 
@@ -56,6 +70,7 @@ _CONFORMS = [
 _REL = "http://www.opengis.net/def/rel/ogc/1.0/"
 _MOST = 1000  # entries of a list in one answer
 _FAR = 2**62  # beyond the end of every list
+_NOT_ON_JOBS = ["HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"]
 _DISMISSING = 10.0  # seconds that a client waits for a handler that cleans up
 
 Limit = Annotated[int, Query(ge=1, description="at most so many; 1000 are the most")]
@@ -72,7 +87,7 @@ def processes_router(
     processes: Mapping[str, Pipeline[Any, Any, Any]],
     *,
     runner: JobRunner | None = None,
-    title: str = "Processes",
+    title: str = "Pipelines",
     description: str = "",
     descriptions: Mapping[str, Mapping[str, Any]] | str | PathLike[str] | None = None,
     context: Callable[..., Any] | None = None,
@@ -172,7 +187,8 @@ class _Execution:
 
     def select(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         chosen = {name: outputs[name] for name in self._outputs if name in outputs}
-        return {"outputs": chosen, "response": self._response}
+        # several are an object, also when a handler has left all but one out
+        return {"outputs": chosen, "response": "document" if len(self._outputs) > 1 else self._response}
 
 
 class _Known:
@@ -203,7 +219,9 @@ class _Request:
             self.value = process.read(self.inputs)
         except BadInputs as error:
             faults += [fault._asdict() for fault in error.faults]
-        self.outputs = self._read_outputs(process, asked.get("outputs"), faults)
+        self.outputs: Collection[str] = tuple(process.outputs)
+        if "outputs" in asked:
+            self.outputs = self._read_outputs(process, asked["outputs"], faults)
         self.response = asked.get("response", "raw")
         if self.response not in ("raw", "document"):
             faults.append({"pointer": "/response", "detail": 'must be "raw" or "document"'})
@@ -214,8 +232,6 @@ class _Request:
 
     @staticmethod
     def _read_outputs(process: Process, asked: Any, faults: list[dict[str, str]]) -> Collection[str]:
-        if asked is None:
-            return tuple(process.outputs)
         if not isinstance(asked, dict):
             faults.append({"pointer": "/outputs", "detail": "must be an object"})
             return ()
@@ -230,14 +246,30 @@ class _Request:
         return tuple(name for name in process.outputs if name in asked)
 
 
+_SAFE = "/~!$&'()*+,;=:@%"
+
+
+def _host(request: Request) -> str:
+    host = request.headers.get("host")
+    if host:
+        return quote(host, safe="[]:@~!$&'()*+,;=%")
+    name, port = request.scope.get("server") or ("localhost", None)
+    name = f"[{name}]" if ":" in name else name
+    return name if port is None else f"{name}:{port}"
+
+
 class _Links:
     """The absolute URLs of one API, as its client sees them."""
 
     def __init__(self, request: Request, depth: int) -> None:
         """``depth``: how many parts the path of the route has."""
-        url = request.url
-        self.base = quote(url.path.rsplit("/", depth)[0], safe="/~!$&'()*+,;=:@%")
-        self.root = f"{url.scheme}://{url.netloc}{self.base}"
+        scope = request.scope
+        self.mount = quote(scope.get("root_path", "").rstrip("/"), safe=_SAFE)
+        base = quote(scope["path"].rsplit("/", depth)[0], safe=_SAFE)
+        # a proxy may have cut off what the application stands below
+        self.base = base if f"{base}/".startswith(f"{self.mount}/") else self.mount + base
+        self.origin = f"{scope.get('scheme', 'http')}://{_host(request)}"
+        self.root = self.origin + self.base
 
     def link(self, path: str, rel: str, title: str = "", kind: str = "application/json") -> dict[str, str]:
         return {"href": self.root + path, "rel": rel, "type": kind, **({"title": title} if title else {})}
@@ -321,14 +353,28 @@ class _Api:
         get("/conformance", self.conformance, "conformance", CONFORMANCE)
         get("/processes", self.processes, "processes", PROCESSES, 400)
         get("/processes/{process_id}", self.process, "process", DESCRIPTION, 404)
+        names: set[str] = set()
         for served in self.served.values():
-            self._add_execution(router, served, context)
+            name = "execute_" + re.sub(r"\W", "_", served.process.id)
+            while name in names:  # a-b and a.b
+                name += "_"
+            names.add(name)
+            self._add_execution(router, served, context, name)
         router.add_api_route(
             "/processes/{process_id}/execution", self.nothing, methods=["POST"], include_in_schema=False
         )
         get("/jobs", self.jobs, "jobs", JOBS, 400)
         get("/jobs/{job_id}", self.job, "job", STATUS, 404)
-        get("/jobs/{job_id}/results", self.results, "results", {}, 404, 410, 500)
+        router.add_api_route(
+            "/jobs/{job_id}/results",
+            self.results,
+            name="results",
+            responses={
+                **answers(404, 410, 500, ok={}),
+                204: {"description": "no outputs were asked for"},
+            },
+            response_model=None,
+        )
         router.add_api_route(
             "/jobs/{job_id}/events",
             self.events,
@@ -345,8 +391,14 @@ class _Api:
             responses={**answers(404, ok=STATUS), **answers(ok=STATUS, status=202)},
             response_model=None,
         )
+        # of a path with two routes, Starlette tells the methods of the first one only
+        router.add_api_route(
+            "/jobs/{job_id}", self.not_on_jobs, methods=_NOT_ON_JOBS, include_in_schema=False
+        )
 
-    def _add_execution(self, router: APIRouter, served: _Served, context: Callable[..., Any] | None) -> None:
+    def _add_execution(
+        self, router: APIRouter, served: _Served, context: Callable[..., Any] | None, name: str
+    ) -> None:
         async def execute(request: Request) -> Response:
             return await self.execute(served, request, None)
 
@@ -358,7 +410,7 @@ class _Api:
             f"/processes/{process.id}/execution",
             execute if context is None else execute_in,
             methods=["POST"],
-            name=f"execute_{process.id}",
+            name=name,
             summary=f"Execute {process.title}",
             responses={
                 **answers(400, 500, 503, 504, ok=results(process)),
@@ -373,7 +425,7 @@ class _Api:
 
     async def landing(self, request: Request) -> Response:
         links = _Links(request, 1)
-        if _prefers_html(request.headers.get("accept", "")):
+        if _prefers_html(",".join(request.headers.getlist("accept"))):
             return await self._page(links)
         found = [
             links.link("/", "self"),
@@ -384,10 +436,9 @@ class _Api:
         ]
         openapi = getattr(request.app, "openapi_url", None)
         if openapi:
-            url = request.url
             found.append(
                 {
-                    "href": f"{url.scheme}://{url.netloc}{request.scope.get('root_path', '')}{openapi}",
+                    "href": f"{links.origin}{links.mount}{openapi}",
                     "rel": "service-desc",
                     "type": "application/vnd.oai.openapi+json;version=3.1",
                 }
@@ -435,7 +486,11 @@ class _Api:
     # -- execution
 
     async def execute(self, served: _Served, request: Request, context: Any) -> Response:
-        asked = _Request(served.process, await request.body())
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            raise ClientDisconnected from None
+        asked = _Request(served.process, body)
         prefers = _preferences(request.headers.getlist("prefer"))
         is_async = "respond-async" in prefers
         wait = self._wait(prefers.get("wait"), is_async)
@@ -444,15 +499,16 @@ class _Api:
             return _respond(known)
         if wait is None:
             job = await self.runner.submit(step, asked.value, context=context, timeout=self.timeout)
-        else:
-            async with cancel_on_disconnect(request):
-                job = await self.runner.run(
-                    step, asked.value, context=context, timeout=self.timeout, wait=wait
-                )
+            return self._created(request, job, is_async)
+        async with cancel_on_disconnect(request):
+            job = await self.runner.run(step, asked.value, context=context, timeout=self.timeout, wait=wait)
         if job.status == "successful":
             return _respond(job.result)
         if job.error is not None:
             raise failed(job.error, is_waiting=True)
+        return self._created(request, job, is_async)
+
+    def _created(self, request: Request, job: Job, is_async: bool) -> Response:
         links = _Links(request, 3)
         headers = {"Location": f"{links.root}/jobs/{quote(job.id, safe='')}"}
         if is_async:
@@ -473,10 +529,19 @@ class _Api:
         key = json.dumps([process.id, process.version, asked.inputs], sort_keys=True)
 
         async def keep(outputs: Any) -> None:
-            await self.cache.set(key, outputs, ttl=self.cache_ttl)
+            try:
+                await self.cache.set(key, outputs, ttl=self.cache_ttl)
+            except Exception as error:
+                raise_cancellation(error)
+                logger.exception("The cache could not store what %r gave; the run goes on", process.id)
 
         step = _Execution(served, asked.outputs, asked.response, keep)
-        outputs = await self.cache.get(key)
+        try:
+            outputs = await self.cache.get(key)
+        except Exception as error:
+            raise_cancellation(error)
+            logger.exception("The cache could not be asked for %r; it runs", process.id)
+            return step, None
         if outputs is None:
             return step, None
         known = step.select(outputs)
@@ -534,6 +599,9 @@ class _Api:
     async def job(self, request: Request, job_id: str) -> Response:
         return json_response(_Links(request, 2).job(await self.runner.get(job_id)))
 
+    async def not_on_jobs(self, request: Request, job_id: str) -> Response:
+        raise not_allowed(request.method, ("DELETE", "GET"))
+
     async def results(self, job_id: str) -> Response:
         job = await self.runner.get(job_id)
         if job.error is not None:
@@ -580,7 +648,11 @@ def _check_each(parameter: str, given: Collection[str], allowed: Collection[str]
 def _respond(result: Any) -> Response:
     """Answer with the result of a job."""
     if not _is_of_execution(result):  # of a job that the application has submitted itself
-        return json_response(to_jsonable_python(result, inf_nan_mode="null"))
+        try:
+            result = to_jsonable_python(result, inf_nan_mode="null")
+        except ValueError:
+            raise Problem(500, "the result of this job has no form in JSON") from None
+        return json_response(result)
     outputs = result["outputs"]
     if not outputs:
         return Response(status_code=204)
@@ -602,26 +674,31 @@ def _time(moment: dates.datetime | None) -> str | None:
     return None if moment is None else moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+_QUOTED = r'"(?:[^"\\]|\\.)*"'
+_ENTRY = re.compile(rf'(?:[^,"]|{_QUOTED}|")+')
+_PREFERENCE = re.compile(rf'\s*([^\s=;,"]+)\s*(?:=\s*({_QUOTED}|[^\s;,"]*))?')
+
+
 def _preferences(headers: Collection[str]) -> dict[str, str]:
     """The preferences of RFC 7240; of one that is given twice, the first."""
     found: dict[str, str] = {}
-    for preference in ",".join(headers).split(","):
-        name, _, value = preference.partition(";")[0].partition("=")
-        found.setdefault(name.strip().lower(), value.strip().strip('"'))
+    for entry in _ENTRY.findall(",".join(headers)):
+        preference = _PREFERENCE.match(entry)
+        if preference is not None:
+            found.setdefault(preference[1].lower(), (preference[2] or "").strip('"'))
     return found
 
 
 def _prefers_html(accept: str) -> bool:
     """Whether a client wants the page rather than JSON; who takes anything gets JSON."""
-    html, other = 0.0, 0.0
+    weights: dict[str, float] = {}
     for entry in accept.lower().split(","):
         kind, *parameters = (part.strip() for part in entry.split(";"))
-        weight = next((_weight(part[2:]) for part in parameters if part.startswith("q=")), 1.0)
-        if kind == "text/html":
-            html = weight
-        elif kind == "application/json":
-            other = weight
-    return html > other
+        weights[kind] = next((_weight(part[2:]) for part in parameters if part.startswith("q=")), 1.0)
+    html = weights.get("text/html", 0.0)
+    if "application/json" in weights:
+        return html > weights["application/json"]
+    return html > 0 and html >= weights.get("application/*", weights.get("*/*", 0.0))
 
 
 def _weight(text: str) -> float:
