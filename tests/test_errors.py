@@ -15,7 +15,11 @@ from async_pipeline.errors import (
     CircuitOpenError,
     DeadlineExceeded,
     DeadlockError,
+    DuplicateJob,
     Finish,
+    JobNotFound,
+    JobQueueFull,
+    JobRunnerClosed,
     MissingFieldsError,
     PipelineError,
     StageExecutionError,
@@ -56,7 +60,7 @@ ERRORS = [name for name in errors.__all__ if name != "Finish"]
 
 class TestFamily:
     def test_every_public_error_is_a_pipeline_error_or_a_timeout(self) -> None:
-        assert len(ERRORS) == 8
+        assert len(ERRORS) == 12
         for name in ERRORS:
             assert issubclass(getattr(errors, name), (PipelineError, TimeoutError)), name
 
@@ -229,6 +233,32 @@ class TestCircuitOpenError:
         twin = duplicate(CircuitOpenError("fetch", 12.5))
         assert type(twin) is CircuitOpenError
         assert (twin.stage_name, twin.retry_after) == ("fetch", 12.5)
+
+
+class TestErrorsOfJobs:
+    def test_say_what_is_the_matter(self) -> None:
+        assert str(DuplicateJob("a")) == "there is a job 'a' already"
+        assert str(JobNotFound("a")) == "there is no job 'a', or no longer"
+        assert str(JobQueueFull(3)) == "3 jobs wait already, which is max_pending; submit again later"
+        closed = str(JobRunnerClosed())
+        assert closed.startswith(
+            "the JobRunner is not running; use it inside 'async with runner:', or in the"
+        )
+        assert closed.endswith(" lifespan of the application (that of a mounted one is not run)")
+
+    @duplicated
+    def test_survive(self, duplicate: Callable[[Any], Any]) -> None:
+        for error in (DuplicateJob("a"), JobNotFound("a"), JobQueueFull(3), JobRunnerClosed()):
+            error.__cause__ = ValueError("no")
+            error.add_note("seen on a Monday")
+            error.extra = 1  # type: ignore[union-attr]
+            twin = duplicate(error)
+            assert type(twin) is type(error)
+            assert str(twin) == str(error)
+            assert vars(twin) == vars(error)
+            assert repr(twin.__cause__) == "ValueError('no')"
+        assert duplicate(DuplicateJob("a")).job_id == duplicate(JobNotFound("a")).job_id == "a"
+        assert duplicate(JobQueueFull(3)).max_pending == 3
 
 
 class TestMissingFieldsError:
@@ -462,6 +492,10 @@ class TestCancelledIn:
         StageTimeoutError(1),
         DeadlineExceeded(1),
         CircuitOpenError("a", 1),
+        DuplicateJob("a"),
+        JobNotFound("a"),
+        JobQueueFull(1),
+        JobRunnerClosed(),
         batch_error(1),
         DeadlockError([]),
     ],

@@ -1,6 +1,7 @@
 """Hooks: their arity, that they are awaited, and that their exceptions are logged and no more."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -15,8 +16,9 @@ from unittest.mock import AsyncMock, Mock
 
 import pytest
 
-from async_pipeline import Pipeline
+from async_pipeline import Pipeline, Stage, StageExecutionError, each, fallback, keep, parallel
 from async_pipeline.events import (
+    CountedStart,
     EndEvent,
     Event,
     FailedAttempt,
@@ -208,28 +210,34 @@ class TestEvent:
         assert (start.kind, start.time, start.run_id, start.pipeline) == ("run_start", 1.5, "00ff", "orders")
         assert (start.stage, start.item_index, start.element) == (None, 3, ())
         assert (start.outcome, start.attempts, start.duration, start.error) == (None,) * 4
-        assert (start.attempt, start.will_retry, start.delay) == (None,) * 3
+        assert (start.attempt, start.will_retry, start.delay, start.elements) == (None,) * 4
 
         error = KeyError("x")
         end = EndEvent("stage_end", 2.0, "00ff", "orders", "a/b", None, (1, 2), "error", 4, 0.5, error)
         assert (end.kind, end.time, end.run_id, end.pipeline) == ("stage_end", 2.0, "00ff", "orders")
         assert (end.stage, end.item_index, end.element) == ("a/b", None, (1, 2))
         assert (end.outcome, end.attempts, end.duration, end.error) == ("error", 4, 0.5, error)
-        assert (end.attempt, end.will_retry, end.delay) == (None,) * 3
+        assert (end.attempt, end.will_retry, end.delay, end.elements) == (None,) * 4
 
         common = (2.0, "00ff", "orders", "a/b", None, (1, 2))
         failed = FailedAttempt(*common, attempt=2, error=error, delay=0.0)
         assert (failed.kind, failed.stage) == ("attempt_failed", "a/b")
         assert (failed.attempt, failed.error, failed.will_retry, failed.delay) == (2, error, True, 0.0)
-        assert (failed.outcome, failed.attempts, failed.duration) == (None,) * 3
+        assert (failed.outcome, failed.attempts, failed.duration, failed.elements) == (None,) * 4
         last = FailedAttempt(*common, attempt=3, error=error, delay=None)
         assert (last.will_retry, last.delay) == (False, None)
+
+        plain = Event("stage_start", 2.0, "00ff", "orders", "a/b", 5, (1, 2))
+        counted = CountedStart(plain, 0)
+        assert (counted.elements, counted.outcome, counted.error) == (0, None, None)
+        assert repr(counted) == repr(plain)[:-1] + ", elements=0)"
 
     def test_is_slotted(self) -> None:
         events = [
             Event("run_start", 1.5, "00ff", "orders", None, None, ()),
             EndEvent("run_end", 1.5, "00ff", "orders", None, None, (), "ok", 1, 0.5, None),
             FailedAttempt(1.5, "00ff", "orders", "a", None, (), attempt=1, error=KeyError(), delay=None),
+            CountedStart(Event("stage_start", 1.5, "00ff", "orders", "a", None, ()), 3),
         ]
         for event in events:
             assert isinstance(event, Event)
@@ -248,6 +256,63 @@ class TestEvent:
     def test_can_be_sent_to_another_process(self) -> None:
         end = EndEvent("stage_end", 2.0, "00ff", "orders", "a", None, (1,), "ok", 1, 0.0, None)
         assert repr(pickle.loads(pickle.dumps(end))) == repr(end)
+        counted = CountedStart(Event("stage_start", 2.0, "00ff", "orders", "a", 1, (1,)), 3)
+        assert repr(pickle.loads(pickle.dumps(counted))) == repr(counted)
+
+
+class TestElements:
+    def told(self, step: Any, value: Any) -> dict[tuple[str, str | None], int | None]:
+        """The number of elements that each kind of event of each stage carries."""
+        events: list[Event] = []
+        with contextlib.suppress(StageExecutionError):
+            run_virtually(Pipeline([step], observers=[events.append]).run(value))
+        assert events
+        return {(event.kind, event.stage): event.elements for event in events}
+
+    @pytest.mark.parametrize("make", [each, keep])
+    @pytest.mark.parametrize("value", [[1, 2, 3], (1, 2, 3), {1: 1, 2: 2, 3: 3}, range(3), "abc"])
+    def test_the_start_of_each_and_keep_tells_how_many(self, make: Any, value: Any) -> None:
+        told = self.told(make(Stage("s", lambda x: x), name="all"), value)
+        assert told.pop(("stage_start", "all")) == 3
+        assert told.keys() > {("run_start", None), ("stage_start", "all/s"), ("stage_end", "all")}
+        assert not any(told.values())
+
+    def test_none_is_a_number_as_well(self) -> None:
+        assert self.told(each(Stage("s", lambda x: x)), [])["stage_start", "each"] == 0
+
+    def test_what_has_no_length_has_none(self) -> None:
+        async def stream() -> AsyncIterator[int]:
+            yield 1
+
+        class Broken:
+            def __len__(self) -> int:
+                raise RuntimeError
+
+            def __iter__(self) -> Iterator[int]:
+                return iter([1])
+
+        for value in (iter([1]), (x for x in [1]), stream(), Broken(), None):
+            assert not any(self.told(each(Stage("s", lambda x: x)), value).values())
+
+    def test_other_steps_do_not_count(self) -> None:
+        stage = Stage("s", lambda x: x)
+        for step in (stage, parallel(s=stage), Pipeline([stage], name="p"), fallback(stage, stage)):
+            assert not any(self.told(step, [1, 2]).values())
+
+    def test_those_inside_have_their_own(self) -> None:
+        told = self.told(each(each(Stage("s", lambda x: x), name="inner"), 1), [[1, 2, 3]])
+        assert told["stage_start", "each"] == 1
+        assert told["stage_start", "each/inner"] == 3
+
+    def test_all_who_watch_are_told(self) -> None:
+        outer, inner = list[Event](), list[Event]()
+        pipeline = Pipeline([each(Stage("s", lambda x: x))], name="p", observers=[inner.append, inner.append])
+        run_virtually(Pipeline([pipeline], observers=[outer.append]).run([1, 2]))
+        assert [event.stage for event in outer if event.elements == 2] == ["p/each"]
+        assert [event.stage for event in inner if event.elements == 2] == ["each", "each"]
+        (start,) = (event for event in outer if event.elements)
+        assert start.kind == "stage_start"
+        assert start.pipeline == "pipeline"
 
 
 class TestWatch:

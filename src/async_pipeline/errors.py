@@ -343,7 +343,10 @@ class JobRunnerClosed(PipelineError):  # noqa: N818
     """
 
     def __init__(self) -> None:
-        super().__init__("the JobRunner is not running; use it inside 'async with runner:', or in a lifespan")
+        super().__init__(
+            "the JobRunner is not running; use it inside 'async with runner:', "
+            "or in the lifespan of the application (that of a mounted one is not run)"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (), _state(self)

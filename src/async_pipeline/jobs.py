@@ -14,10 +14,11 @@ from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from inspect import isasyncgenfunction
+from inspect import isasyncgenfunction, iscoroutine, iscoroutinefunction
 from typing import Any, Literal, NamedTuple, Protocol, Self, TypeGuard
 from uuid import uuid4
 
+from .context import check_arguments
 from .errors import (
     DuplicateJob,
     Finish,
@@ -323,7 +324,7 @@ class _Progress:
             elif event.kind == "stage_end":
                 run.hear()
                 if run.measure.end(event):
-                    run.advance()
+                    run.advance_to(run.measure.fraction)
             elif event.kind == "run_end":
                 run.measure = None
 
@@ -468,13 +469,9 @@ class _Run:
         if message is not None and message != self.job.message:
             self.update(message=message, progress=self._percent(fraction))
         else:
-            self._advance_to(fraction)
+            self.advance_to(fraction)
 
-    def advance(self) -> None:
-        if self.measure is not None:
-            self._advance_to(self.measure.fraction)
-
-    def _advance_to(self, fraction: float) -> None:
+    def advance_to(self, fraction: float) -> None:
         progress = self._percent(fraction)
         if progress > self.job.progress and not self.is_ending:
             self.update(progress=progress)
@@ -545,7 +542,7 @@ class JobRunner:
         self._ttl = ttl
         self._keep = keep
         self._drain = drain
-        self._store: JobStore = MemoryJobStore() if store is None else store
+        self._store: JobStore = MemoryJobStore() if store is None else _checked_store(store)
         self._job_context = job_context
         self._is_open = self._is_entered = self._was_entered = False
         self._runs: dict[str, _Run] = {}  # the jobs that have not ended
@@ -671,7 +668,6 @@ class JobRunner:
             return await run.end()
         except BaseException:
             run.is_job = False  # for the store has it not, or not for long
-            self._count(run, False)
             self._dismiss(run)
             await _ended(task)
             raise
@@ -681,7 +677,7 @@ class JobRunner:
 
         Raises:
             JobNotFound: there is none, or no longer.
-            JobRunnerClosed: the runner was never entered.
+            JobRunnerClosed: the runner was never entered; or it was left, and its store is shared.
         """
         self._check_entered()
         run = self._runs.get(job_id)
@@ -766,7 +762,7 @@ class JobRunner:
             pipeline: only those of this name of a pipeline, or of one of these.
 
         Raises:
-            JobRunnerClosed: the runner was never entered.
+            JobRunnerClosed: the runner was never entered; or it was left, and its store is shared.
             TypeError, ValueError: an argument that can't be used.
         """
         self._check_entered()
@@ -811,6 +807,12 @@ class JobRunner:
             raise ValueError("job_id must not be empty")
         if timeout is not None:
             check_seconds("timeout", timeout, zero=False)
+        if iscoroutine(pipeline):
+            pipeline.close()
+            raise TypeError(
+                f"pipeline must not be called yet, but this is the coroutine {pipeline.__qualname__}(...); "
+                "write submit(pipeline, value), or submit(function, value)"
+            )
         step = as_step(pipeline, "pipeline must be a pipeline, or any other step")
         now = self._now()
         job = Job(id=job_id, pipeline=step.name, created=now, updated=now)
@@ -919,7 +921,7 @@ class JobRunner:
         if self._job_context is None:
             return await _run_step(run, run.context)
         result = None  # of a run whose error the context manager swallows
-        async with self._job_context(run.context) as context:
+        async with _entered(self._job_context, run.context) as context:
             result = await _run_step(run, context)
         return result  # noqa: RET504 - reached with None as well
 
@@ -1115,9 +1117,34 @@ def _collection(wanted: Any) -> Collection[Any] | None:
     return (wanted,) if isinstance(wanted, str) else wanted
 
 
+def _checked_store(store: Any) -> JobStore:
+    if isinstance(store, type) or not callable(getattr(store, "asked_to_dismiss", None)):
+        raise TypeError(f'store must be a JobStore, not {store!r}; write store=SqliteJobStore("jobs.db")')
+    checked: JobStore = store
+    return checked
+
+
+_WRITE_SO = (
+    "decorate an async function that yields the context of the run with @contextlib.asynccontextmanager"
+)
+
+
 def _check_job_context(job_context: Any) -> None:
-    if isasyncgenfunction(job_context):
-        raise TypeError(f"job_context {job_context!r} lacks its decorator: @contextlib.asynccontextmanager")
-    if not callable(job_context):
-        what = "a callable (context) that returns an async context manager"
-        raise TypeError(f"job_context must be {what}, not {job_context!r}")
+    if isasyncgenfunction(job_context) or iscoroutinefunction(job_context) or not callable(job_context):
+        raise TypeError(
+            f"job_context must be a callable (context) that returns an async context manager, not "
+            f"{job_context!r}; {_WRITE_SO}"
+        )
+    try:
+        check_arguments(job_context, "job_context(context)")
+    except TypeError as error:
+        raise TypeError(f"job_context {job_context!r} can't be used: {error}") from None
+
+
+def _entered(job_context: JobContext, context: Any) -> AbstractAsyncContextManager[Any]:
+    manager = job_context(context)
+    if not hasattr(type(manager), "__aenter__"):
+        raise TypeError(
+            f"job_context {job_context!r} must return an async context manager, not {manager!r}; {_WRITE_SO}"
+        )
+    return manager

@@ -1,6 +1,6 @@
 """Which jobs a list of them has: the query parameters that OGC API - Processes names for it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -27,26 +27,20 @@ class JobFilter:
     """What a list of jobs is narrowed to, besides what the runner does itself.
 
     Args:
-        kinds: what the jobs come from, of which there is one: ``"process"``.
         interval: when they were created.
         least: seconds that they have run at least; one that has not begun has not run.
         most: seconds that they have run at most.
     """
 
-    def __init__(
-        self, kinds: Collection[str], interval: str | None, least: Sequence[int], most: Sequence[int]
-    ) -> None:
-        self.is_none = bool(kinds) and "process" not in kinds
+    def __init__(self, interval: str | None, least: Sequence[int], most: Sequence[int]) -> None:
         first, _, last = (interval or "../..").partition("/")
         self._first, self._last = _moment(first), _moment(last or first)
         self._least = min(least, default=None)
         self._most = max(most, default=None)
-        self.is_all = not self.is_none and interval is None and self._least is None and self._most is None
+        self.is_all = interval is None and self._least is None and self._most is None
 
     def takes(self, job: Job) -> bool:
         """Tell whether a job is one of those."""
-        if self.is_none:
-            return False
         # as it is shown, in milliseconds, so that a client finds a job by the time that it was told
         created = job.created.replace(microsecond=job.created.microsecond // 1000 * 1000)
         if self._first is not None and created < self._first:

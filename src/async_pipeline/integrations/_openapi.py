@@ -89,9 +89,9 @@ def answers(
     *problems: int, ok: Any = None, status: int = 200, content: Mapping[str, Any] | None = None
 ) -> dict[int | str, dict[str, Any]]:
     """The ``responses`` of a route; also a 4XX, which keeps FastAPI from documenting its 422."""
-    found: dict[int | str, dict[str, Any]] = {}
-    if ok is not None or content is not None:
-        found[status] = _response("as asked", content or {"application/json": {"schema": ok}})
+    found: dict[int | str, dict[str, Any]] = {
+        status: _response("as asked", content or {"application/json": {"schema": ok}})
+    }
     for problem in problems:
         found[problem] = _response("a problem", {"application/problem+json": {"schema": _PROBLEM}})
     found["4XX"] = _response("a problem", {"application/problem+json": {"schema": _PROBLEM}})

@@ -12,6 +12,7 @@ from pydantic_core import core_schema
 from starlette.types import Receive, Scope, Send
 
 from ..errors import DuplicateJob, JobNotFound, JobQueueFull, JobRunnerClosed
+from ..events import logger
 from ..jobs import JobFailure
 
 __all__ = [
@@ -93,6 +94,8 @@ class ProblemRoute(APIRoute):
                 JobQueueFull,
                 JobRunnerClosed,
             ) as error:
+                if isinstance(error, JobRunnerClosed):  # most likely somebody has forgotten to enter it
+                    logger.error("%s %s: %s", request.method, request.scope["path"], error)
                 return _problem_of(error).response()
 
         return answer
@@ -122,9 +125,11 @@ def _fault(error: Mapping[str, Any]) -> dict[str, str]:
     """What FastAPI says of a parameter."""
     place, *path = (str(part) for part in error["loc"])
     detail = str(error["msg"]) if error["type"] in _WORDS_FOR_PYDANTIC else "is not valid"
+    if path == ["datetime"]:
+        detail = "must be like 2026-11-21T12:00:00Z, or two such times with a slash between; .. is no bound"
     if place == "body":
         return {"pointer": "".join(f"/{_escaped(part)}" for part in path), "detail": detail}
-    return {"parameter": ".".join(path), "in": place, "detail": detail}
+    return {"parameter": path[0], "in": place, "detail": detail}  # also of one in a list
 
 
 def _escaped(part: str) -> str:

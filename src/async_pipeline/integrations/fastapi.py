@@ -29,9 +29,9 @@ except ImportError as _missing:
 from ..events import logger
 from ..jobs import Job, JobContext, JobRunner, with_progress
 from ..middlewares.cache import Cache, MemoryCache
-from ..pipeline import Pipeline
 from ..retry import check_seconds
-from ..stage import raise_cancellation
+from ..stage import as_step, raise_cancellation
+from ..types import Step
 from ._descriptions import read_descriptions
 from ._disconnect import ClientDisconnected, ClosingStreamingResponse, cancel_on_disconnect
 from ._events import event_id, events
@@ -84,7 +84,7 @@ def _one_of(*values: str) -> Any:
 
 
 def processes_router(
-    processes: Mapping[str, Pipeline[Any, Any, Any]],
+    processes: Mapping[str, Step[Any, Any] | Callable[..., Any]],
     *,
     runner: JobRunner | None = None,
     title: str = "Pipelines",
@@ -109,7 +109,8 @@ def processes_router(
     name the class of an exception, never its text; the traceback is logged.
 
     Args:
-        processes: the pipelines by the id that they have in URLs: of letters, digits, ``_.~-``.
+        processes: the pipelines, or any other steps, by the id that they have in URLs: of letters, digits,
+            ``_.~-``.
         runner: where the jobs run; it has to be entered by the application's lifespan. All its jobs are
             shown, those that the application itself has submitted as well. By default the router makes one,
             and runs it in its own lifespan, which ``include_router`` joins to that of the application (a
@@ -147,7 +148,7 @@ def processes_router(
     if cache_ttl is not None:
         check_seconds("cache_ttl", cache_ttl, zero=False)
     api = _Api(
-        {id: _Served(Process(id, pipeline, said.get(id))) for id, pipeline in processes.items()},
+        {id: _Served(Process(id, _step(id, one), said.get(id))) for id, one in processes.items()},
         JobRunner(job_context=job_context) if runner is None else runner,
         (title, description),
     )
@@ -156,6 +157,10 @@ def processes_router(
     router = APIRouter(route_class=ProblemRoute, lifespan=None if runner is not None else api.lifespan)
     api.add_routes(router, context)
     return router
+
+
+def _step(id: str, pipeline: Any) -> Step[Any, Any]:
+    return as_step(pipeline, f"process {id!r} must be a pipeline, or any other step")
 
 
 class _Served:
@@ -565,7 +570,7 @@ class _Api:
         kinds, statuses, processes = parts(type), parts(status), parts(process_id)
         _check_each("type", kinds, ("process",))
         _check_each("status", statuses, STATUSES)
-        narrow = JobFilter(kinds, datetime, min_duration, max_duration)
+        narrow = JobFilter(datetime, min_duration, max_duration)
         found = await self._jobs(narrow, statuses or None, processes or None, limit + 1, offset)
         links = _Links(request, 1)
         asked = query(
@@ -588,7 +593,7 @@ class _Api:
             return await self.runner.list(limit=limit, offset=offset, status=statuses, pipeline=processes)
         found: list[Job] = []
         start = 0
-        while not narrow.is_none and len(found) < offset + limit:
+        while len(found) < offset + limit:
             some = await self.runner.list(limit=_MOST, offset=start, status=statuses, pipeline=processes)
             found += filter(narrow.takes, some)
             start += _MOST
