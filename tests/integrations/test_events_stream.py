@@ -1,6 +1,7 @@
 """The changes of a job as server-sent events: what they tell, and when they end."""
 
 import asyncio
+import gc
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -166,6 +167,42 @@ async def test_nothing_is_complained_of_when_it_fails_after_the_client_has_left(
     await anext(stream)
     await asyncio.sleep(1)  # the next one has failed by now
     await stream.aclose()  # type: ignore[attr-defined]
+
+
+@pytest.mark.virtual
+async def test_nothing_is_complained_of_when_it_fails_because_the_client_has_left() -> None:
+    async def changes() -> AsyncGenerator[Job, None]:
+        yield JOB
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise OSError("disk")
+
+    stream = aiter(events(changes(), show))
+    await anext(stream)
+    await asyncio.sleep(1)
+    await stream.aclose()  # type: ignore[attr-defined]
+    del stream
+    gc.collect()
+
+
+@pytest.mark.virtual
+async def test_changes_that_nobody_takes_are_closed() -> None:
+    closed = []
+
+    async def changes() -> AsyncGenerator[Job, None]:
+        try:
+            yield JOB
+            yield replace(JOB, status="running")
+        finally:
+            closed.append(True)
+
+    source = changes()
+    stream = aiter(events(source, show))
+    await anext(stream)
+    await asyncio.sleep(1)  # the next one is there by now
+    await stream.aclose()  # type: ignore[attr-defined]
+    assert closed == [True]
 
 
 @pytest.mark.virtual
