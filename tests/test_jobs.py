@@ -1310,7 +1310,9 @@ class TestLifespan:
             history(runner, "a"),
         ]
         for call in calls:
-            with pytest.raises(JobRunnerClosed, match="use it inside 'async with runner:', or in the lifespan"):
+            with pytest.raises(
+                JobRunnerClosed, match="use it inside 'async with runner:', or in the lifespan"
+            ):
                 await call
 
     async def test_is_entered_once_at_a_time_and_again_afterwards(self) -> None:
