@@ -205,11 +205,11 @@ class TestProcess:
             "additionalProperties": False,
         }
 
-    @pytest.mark.parametrize("id", ["a", "A.b_c~d-1"])
+    @pytest.mark.parametrize("id", ["a", "A.b_c~d-1", "..."])
     def test_takes_an_id(self, id: str) -> None:
         assert repr(Process(id, Stage("count", count))) == f"Process({id!r}, Stage('count'))"
 
-    @pytest.mark.parametrize("id", ["", "a b", "a/b", "ä", "a\n", "a?b"])
+    @pytest.mark.parametrize("id", ["", "a b", "a/b", "ä", "a\n", "a?b", ".", ".."])
     def test_refuses_an_id(self, id: str) -> None:
         with pytest.raises(ValueError, match="letters, digits"):
             Process(id, Stage("count", count))

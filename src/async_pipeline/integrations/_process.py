@@ -48,7 +48,7 @@ class BadInputs(Exception):  # noqa: N818 - the inputs are bad
         return "; ".join(f"{pointer}: {detail}" for pointer, detail in self.faults)
 
 
-_ID = re.compile(r"[A-Za-z0-9_.~-]+")
+_ID = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.~-]+")  # what is . or .. leads elsewhere in a URL
 _RESULT = "result"
 
 
