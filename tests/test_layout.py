@@ -47,9 +47,11 @@ OPTIONAL = {  # each needs its package
     "integrations._descriptions",
     "integrations._disconnect",
     "integrations._hints",
+    "integrations._links",
     "integrations._openapi",
     "integrations._problems",
     "integrations._process",
+    "integrations._requests",
     "integrations._schemas",
 }
 STANDARD = sys.stdlib_module_names | {"annotationlib"}  # the latter is new in Python 3.14

@@ -2431,3 +2431,37 @@ async def test_background_tasks_end_with_the_first_failure_and_jobs_do_not() -> 
         ]
     finally:
         logging.getLogger("async_pipeline").disabled = False
+
+
+async def test_a_process_may_be_any_step_and_no_coroutine() -> None:
+    def double(number: int) -> int:
+        return 2 * number
+
+    async def triple(number: int) -> int:
+        return 3 * number
+
+    app = FastAPI()
+    app.include_router(processes_router({"double": double, "triple": Stage("triple", triple)}))
+    async with client_of(app) as client:
+        for name, result in (("double", 4), ("triple", 6)):
+            answer = await client.post(f"/processes/{name}/execution", json={"inputs": {"number": 2}})
+            assert answer.json() == result
+    with pytest.raises(TypeError, match=r"coroutine object .*, without \(\)$"):
+        processes_router({"triple": triple(2)})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"^process 'x' must be a pipeline, or any other step, not 5$"):
+        processes_router({"x": 5})  # type: ignore[dict-item]
+
+
+async def test_a_wrong_time_is_answered_with_a_right_one() -> None:
+    async with listing() as client:
+        (fault,) = problem_of(await client.get("/api/jobs?datetime=2026-11-21"), 400)["errors"]
+    assert fault["detail"].startswith("must be like 2026-11-21T12:00:00Z, or two such times")
+
+
+async def test_the_openapi_document_is_linked_with_its_version() -> None:
+    app = FastAPI()
+    app.include_router(processes_router({"text": Pipeline([str])}), prefix="/api")
+    app.openapi_version = "3.0.2"
+    async with client_of(app) as client:
+        links = {link["rel"]: link for link in (await client.get("/api/")).json()["links"]}
+    assert links["service-desc"]["type"] == "application/vnd.oai.openapi+json;version=3.0"

@@ -21,6 +21,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import AfterValidator, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from async_pipeline import Pipeline
 from async_pipeline.errors import (
     DuplicateJob,
     JobNotFound,
@@ -35,7 +36,8 @@ from async_pipeline.integrations._problems import (
     json_response,
     no_such_process,
 )
-from async_pipeline.jobs import JobFailure
+from async_pipeline.integrations.fastapi import processes_router
+from async_pipeline.jobs import JobFailure, JobRunner
 from tests.integrations.asgi import client_of
 
 
@@ -277,3 +279,13 @@ def test_json_is_short_and_ascii() -> None:
     assert response.status_code == 201
     assert response.headers["x-a"] == "b"
     assert response.headers["content-type"] == "application/json"
+
+
+async def test_a_runner_that_nobody_has_entered_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+    app.include_router(processes_router({"same": Pipeline([str])}, runner=JobRunner()), prefix="/api")
+    async with client_of(app) as client:
+        answer = await client.get("/api/jobs")
+    assert answer.status_code == 503
+    (record,) = caplog.records
+    assert record.getMessage().startswith("GET /api/jobs: the JobRunner is not running; use it inside")

@@ -6,7 +6,6 @@
 # no postponed annotations here: FastAPI reads the hints of the endpoints
 
 import asyncio
-import datetime as dates
 import json
 import re
 import secrets
@@ -15,13 +14,13 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from os import PathLike
 from typing import Annotated, Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 try:
     from fastapi import APIRouter, Depends, Query, Request, Response
     from fastapi.responses import HTMLResponse, StreamingResponse
     from pydantic import Field
-    from pydantic_core import from_json, to_jsonable_python
+    from pydantic_core import to_jsonable_python
     from starlette.requests import ClientDisconnect
 except ImportError as _missing:
     raise ImportError("FastAPI support requires installing async-pipeline[fastapi]") from _missing
@@ -37,6 +36,7 @@ from ._disconnect import ClientDisconnected, ClosingStreamingResponse, cancel_on
 from ._events import event_id, events
 from ._filters import INTERVAL, STATUSES, JobFilter, parts, query
 from ._jobs_page import PageProcess, page, policy
+from ._links import REL, Links
 from ._openapi import (
     CONFORMANCE,
     DESCRIPTION,
@@ -59,7 +59,8 @@ from ._problems import (
     no_such_process,
     not_allowed,
 )
-from ._process import BadInputs, Process
+from ._process import Process
+from ._requests import ExecutionRequest, preferences, prefers_html
 
 __all__ = ["ClientDisconnected", "ClosingStreamingResponse", "cancel_on_disconnect", "processes_router"]
 
@@ -67,7 +68,6 @@ _CONFORMS = [
     f"http://www.opengis.net/spec/ogcapi-processes-1/1.0/conf/{name}"
     for name in ("core", "json", "ogc-process-description", "job-list", "dismiss")
 ]
-_REL = "http://www.opengis.net/def/rel/ogc/1.0/"
 _MOST = 1000  # entries of a list in one answer
 _FAR = 2**62  # beyond the end of every list
 _NOT_ON_JOBS = ["HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"]
@@ -207,122 +207,6 @@ class _Known:
         return self._result
 
 
-class _Request:
-    """What an execution request asks for."""
-
-    def __init__(self, process: Process, body: bytes) -> None:
-        try:
-            asked = from_json(body, allow_inf_nan=False)
-        except ValueError:
-            raise Problem(400, "the body is not JSON") from None
-        faults: list[dict[str, str]] = []
-        if not isinstance(asked, dict):
-            fault = {"pointer": "", "detail": "must be an object with inputs"}
-            raise Problem(400, "the body is not an object", faults=[fault])
-        self.inputs = asked.get("inputs", {})
-        try:
-            self.value = process.read(self.inputs)
-        except BadInputs as error:
-            faults += [fault._asdict() for fault in error.faults]
-        self.outputs: Collection[str] = tuple(process.outputs)
-        if "outputs" in asked:
-            self.outputs = self._read_outputs(process, asked["outputs"], faults)
-        self.response = asked.get("response", "raw")
-        if self.response not in ("raw", "document"):
-            faults.append({"pointer": "/response", "detail": 'must be "raw" or "document"'})
-        if "subscriber" in asked:
-            faults.append({"pointer": "/subscriber", "detail": "callbacks are not supported"})
-        if faults:
-            raise Problem(400, "the request can't be executed as it is", faults=faults)
-
-    @staticmethod
-    def _read_outputs(process: Process, asked: Any, faults: list[dict[str, str]]) -> Collection[str]:
-        if not isinstance(asked, dict):
-            faults.append({"pointer": "/outputs", "detail": "must be an object"})
-            return ()
-        for name, how in asked.items():
-            pointer = "/outputs/" + name.replace("~", "~0").replace("/", "~1")
-            if name not in process.outputs:
-                faults.append({"pointer": pointer, "detail": "is no output of this process"})
-            elif not isinstance(how, dict):
-                faults.append({"pointer": pointer, "detail": "must be an object"})
-            elif how.get("transmissionMode", "value") != "value":
-                faults.append({"pointer": f"{pointer}/transmissionMode", "detail": 'must be "value"'})
-        return tuple(name for name in process.outputs if name in asked)
-
-
-_SAFE = "/~!$&'()*+,;=:@%"
-
-
-def _host(request: Request) -> str:
-    host = request.headers.get("host")
-    if host:
-        return quote(host, safe="[]:@~!$&'()*+,;=%")
-    name, port = request.scope.get("server") or ("localhost", None)
-    name = f"[{name}]" if ":" in name else name
-    return name if port is None else f"{name}:{port}"
-
-
-class _Links:
-    """The absolute URLs of one API, as its client sees them."""
-
-    def __init__(self, request: Request, depth: int) -> None:
-        """``depth``: how many parts the path of the route has."""
-        scope = request.scope
-        self.mount = quote(scope.get("root_path", "").rstrip("/"), safe=_SAFE)
-        base = quote(scope["path"].rsplit("/", depth)[0], safe=_SAFE)
-        # a proxy may have cut off what the application stands below
-        self.base = base if f"{base}/".startswith(f"{self.mount}/") else self.mount + base
-        self.origin = f"{scope.get('scheme', 'http')}://{_host(request)}"
-        self.root = self.origin + self.base
-
-    def link(self, path: str, rel: str, title: str = "", kind: str = "application/json") -> dict[str, str]:
-        return {"href": self.root + path, "rel": rel, "type": kind, **({"title": title} if title else {})}
-
-    def job(self, job: Job) -> dict[str, Any]:
-        """The statusInfo of a job."""
-        path = f"/jobs/{quote(job.id, safe='')}"
-        links = [
-            self.link(path, "self"),
-            self.link(f"{path}/events", "monitor", "changes, as they come", "text/event-stream"),
-        ]
-        if job.status == "successful":
-            links.append(self.link(f"{path}/results", f"{_REL}results"))
-        message = job.message if job.error is None else failed(job.error, is_waiting=False).content["detail"]
-        info = {
-            "jobID": job.id,
-            "processID": job.pipeline,
-            "type": "process",
-            "status": job.status,
-            "message": message,
-            "progress": job.progress,
-            "created": _time(job.created),
-            "started": _time(job.started),
-            "finished": _time(job.finished),
-            "updated": _time(job.updated),
-            "links": links,
-        }
-        return {name: value for name, value in info.items() if value is not None}
-
-    def process(self, process: Process, *, is_whole: bool = False) -> dict[str, Any]:
-        path = f"/processes/{process.id}"
-        links = [self.link(path, "self"), self.link(f"{path}/execution", f"{_REL}execute")]
-        return {**(process.description() if is_whole else process.summary()), "links": links}
-
-    def pages(self, path: str, query: Mapping[str, Any], limit: int, offset: int, more: bool) -> list[Any]:
-        """The links to this page of a list, the next and the one before."""
-
-        def link(rel: str, start: int) -> dict[str, str]:
-            return self.link(f"{path}?{urlencode({**query, 'limit': limit, 'offset': start}, True)}", rel)
-
-        found = [link("self", offset)]
-        if more:
-            found.append(link("next", offset + limit))
-        if offset:
-            found.append(link("prev", max(0, offset - limit)))
-        return found
-
-
 class _Api:
     """The endpoints, and what they share."""
 
@@ -429,29 +313,30 @@ class _Api:
     # -- what there is
 
     async def landing(self, request: Request) -> Response:
-        links = _Links(request, 1)
-        if _prefers_html(",".join(request.headers.getlist("accept"))):
+        links = Links(request, 1)
+        if prefers_html(",".join(request.headers.getlist("accept"))):
             return await self._page(links)
         found = [
             links.link("/", "self"),
             links.link("/", "alternate", "this page for people", "text/html"),
-            links.link("/conformance", f"{_REL}conformance"),
-            links.link("/processes", f"{_REL}processes"),
-            links.link("/jobs", f"{_REL}job-list"),
+            links.link("/conformance", f"{REL}conformance"),
+            links.link("/processes", f"{REL}processes"),
+            links.link("/jobs", f"{REL}job-list"),
         ]
         openapi = getattr(request.app, "openapi_url", None)
         if openapi:
+            version, _, _ = request.app.openapi_version.rpartition(".")
             found.append(
                 {
                     "href": f"{links.origin}{links.mount}{openapi}",
                     "rel": "service-desc",
-                    "type": "application/vnd.oai.openapi+json;version=3.1",
+                    "type": f"application/vnd.oai.openapi+json;version={version}",
                 }
             )
         about = {"title": self.title, "description": self.about, "links": found}
         return json_response(about, headers={"Vary": "Accept"})
 
-    async def _page(self, links: _Links) -> Response:
+    async def _page(self, links: Links) -> Response:
         processes = [
             PageProcess(
                 process.id,
@@ -473,7 +358,7 @@ class _Api:
         return json_response({"conformsTo": _CONFORMS})
 
     async def processes(self, request: Request, limit: Limit = 100, offset: Offset = 0) -> Response:
-        links = _Links(request, 1)
+        links = Links(request, 1)
         limit, offset = min(limit, _MOST), min(offset, _FAR)
         found = [links.process(served.process) for served in self.served.values()]
         pages = links.pages("/processes", {}, limit, offset, len(found) > offset + limit)
@@ -483,7 +368,7 @@ class _Api:
         if process_id not in self.served:
             raise no_such_process(process_id)
         process = self.served[process_id].process
-        return json_response(_Links(request, 2).process(process, is_whole=True))
+        return json_response(Links(request, 2).process(process, is_whole=True))
 
     async def nothing(self, process_id: str) -> Response:
         raise no_such_process(process_id)
@@ -495,8 +380,8 @@ class _Api:
             body = await request.body()
         except ClientDisconnect:
             raise ClientDisconnected from None
-        asked = _Request(served.process, body)
-        prefers = _preferences(request.headers.getlist("prefer"))
+        asked = ExecutionRequest(served.process, body)
+        prefers = preferences(request.headers.getlist("prefer"))
         is_async = "respond-async" in prefers
         wait = self._wait(prefers.get("wait"), is_async)
         step, known = await self._step(served, asked)
@@ -514,7 +399,7 @@ class _Api:
         return self._created(request, job, is_async)
 
     def _created(self, request: Request, job: Job, is_async: bool) -> Response:
-        links = _Links(request, 3)
+        links = Links(request, 3)
         headers = {"Location": f"{links.root}/jobs/{quote(job.id, safe='')}"}
         if is_async:
             headers["Preference-Applied"] = "respond-async"
@@ -526,7 +411,7 @@ class _Api:
             return None if is_async else self.wait
         return min(float(asked), self.wait)
 
-    async def _step(self, served: _Served, asked: _Request) -> tuple[Any, dict[str, Any] | None]:
+    async def _step(self, served: _Served, asked: ExecutionRequest) -> tuple[Any, dict[str, Any] | None]:
         """What to run, and its result where that is known already."""
         if self.cache_ttl is None:
             return _Execution(served, asked.outputs, asked.response, None), None
@@ -572,7 +457,7 @@ class _Api:
         _check_each("status", statuses, STATUSES)
         narrow = JobFilter(datetime, min_duration, max_duration)
         found = await self._jobs(narrow, statuses or None, processes or None, limit + 1, offset)
-        links = _Links(request, 1)
+        links = Links(request, 1)
         asked = query(
             {
                 "type": kinds,
@@ -602,7 +487,7 @@ class _Api:
         return found[offset : offset + limit]
 
     async def job(self, request: Request, job_id: str) -> Response:
-        return json_response(_Links(request, 2).job(await self.runner.get(job_id)))
+        return json_response(Links(request, 2).job(await self.runner.get(job_id)))
 
     async def not_on_jobs(self, request: Request, job_id: str) -> Response:
         raise not_allowed(request.method, ("DELETE", "GET"))
@@ -625,13 +510,13 @@ class _Api:
         job = await self.runner.get(job_id)
         if job.finished is not None and request.headers.get("last-event-id") == event_id(job):
             return Response(status_code=204)  # which tells a browser not to connect again
-        links = _Links(request, 3)
+        links = Links(request, 3)
         stream = events(self.runner.watch(job_id), links.job)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return ClosingStreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
     async def dismiss(self, request: Request, job_id: str) -> Response:
-        links = _Links(request, 2)
+        links = Links(request, 2)
         before = await self.runner.get(job_id)
         try:
             async with asyncio.timeout(_DISMISSING):
@@ -673,41 +558,3 @@ def _is_of_execution(result: Any) -> bool:
         and isinstance(result["outputs"], dict)
         and result["response"] in ("raw", "document")
     )
-
-
-def _time(moment: dates.datetime | None) -> str | None:
-    return None if moment is None else moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-_QUOTED = r'"(?:[^"\\]|\\.)*"'
-_ENTRY = re.compile(rf'(?:[^,"]|{_QUOTED}|")+')
-_PREFERENCE = re.compile(rf'\s*([^\s=;,"]+)\s*(?:=\s*({_QUOTED}|[^\s;,"]*))?')
-
-
-def _preferences(headers: Collection[str]) -> dict[str, str]:
-    """The preferences of RFC 7240; of one that is given twice, the first."""
-    found: dict[str, str] = {}
-    for entry in _ENTRY.findall(",".join(headers)):
-        preference = _PREFERENCE.match(entry)
-        if preference is not None:
-            found.setdefault(preference[1].lower(), (preference[2] or "").strip('"'))
-    return found
-
-
-def _prefers_html(accept: str) -> bool:
-    """Whether a client wants the page rather than JSON; who takes anything gets JSON."""
-    weights: dict[str, float] = {}
-    for entry in accept.lower().split(","):
-        kind, *parameters = (part.strip() for part in entry.split(";"))
-        weights[kind] = next((_weight(part[2:]) for part in parameters if part.startswith("q=")), 1.0)
-    html = weights.get("text/html", 0.0)
-    if "application/json" in weights:
-        return html > weights["application/json"]
-    return html > 0 and html >= weights.get("application/*", weights.get("*/*", 0.0))
-
-
-def _weight(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
