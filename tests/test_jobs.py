@@ -2686,3 +2686,35 @@ async def test_what_was_called_already_can_not_be_submitted() -> None:
         with pytest.raises(TypeError, match=r"coroutine .*handler\(\.\.\.\); write submit\("):
             await runner.submit(handler(1), 1)  # type: ignore[arg-type]
         assert await runner.list() == []
+
+
+@pytest.mark.threads
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+async def test_another_event_loop_is_told_whose_the_runner_is() -> None:
+    """A sync handler of a web framework runs in a thread, where asyncio.run makes a loop."""
+    async with JobRunner() as runner:
+        calls: list[Callable[[], Any]] = [
+            lambda: runner.submit(str, 1),
+            lambda: runner.run(str, 1),
+            lambda: runner.get("a"),
+            lambda: runner.dismiss("a"),
+            lambda: runner.list(),
+            lambda: anext(runner.watch("a")),
+        ]
+        for call in calls:
+
+            async def ask(call: Callable[[], Any] = call) -> None:
+                await call()
+
+            with pytest.raises(RuntimeError, match=r"another event loop; .*run_coroutine_threadsafe"):
+                await asyncio.get_running_loop().run_in_executor(None, asyncio.run, ask())
+
+
+async def test_a_job_that_is_cut_short_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async with JobRunner(concurrency=1, drain=0) as runner:
+        for job_id in ("running", "waiting"):
+            await runner.submit(lambda value: asyncio.sleep(9), 1, job_id=job_id)
+        await asyncio.sleep(0)
+    messages = sorted(record.getMessage().partition(" of ")[0] for record in caplog.records)
+    assert messages == ["job running", "job waiting"]
+    assert {record.levelname for record in caplog.records} == {"WARNING"}

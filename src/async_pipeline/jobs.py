@@ -619,7 +619,7 @@ class JobRunner:
             raise JobQueueFull(self._max_pending)
         await self._add(run)
         if self._cut.is_set():
-            self._run_errand(self._end(run, _closed()))
+            self._run_errand(self._end(run, _closed(run.job)))
             self._look_whether_idle()
             raise JobRunnerClosed
         self._pending[run.job.id] = run
@@ -699,6 +699,7 @@ class JobRunner:
             JobNotFound: there is none, or no longer.
             JobRunnerClosed: the runner was left, or never entered, and the job is one of another process.
         """
+        self._check_loop()
         is_asked = False
         while True:
             # looked for each time: one that is being submitted may come to the store first
@@ -788,12 +789,22 @@ class JobRunner:
     # -- accepting
 
     def _check_open(self) -> None:
+        self._check_loop()
         if not self._is_open:
             raise JobRunnerClosed
 
     def _check_entered(self) -> None:
+        self._check_loop()
         if not self._was_entered or (self._store.is_shared and not self._is_entered):
             raise JobRunnerClosed
+
+    def _check_loop(self) -> None:
+        # def handler(): return asyncio.run(jobs.submit(...)), in a thread, would wait for ever
+        if self._is_entered and asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                "the JobRunner belongs to another event loop; call it from there, in an async def, or from a "
+                "thread by asyncio.run_coroutine_threadsafe(runner.submit(...), loop)"
+            )
 
     def _new_run(
         self, pipeline: Any, value: Any, context: Any, job_id: str | None, timeout: float | None
@@ -928,7 +939,7 @@ class JobRunner:
     def _end_of_cancelled(self, run: _Run, error: asyncio.CancelledError) -> dict[str, Any]:
         if run.is_dismissed:
             return {"status": "dismissed"}
-        return _closed() if self._cut.is_set() else _failure(run.job, error)
+        return _closed(run.job) if self._cut.is_set() else _failure(run.job, error)
 
     def _dismiss(self, run: _Run) -> None:
         if run.is_ending or run.is_dismissed:  # a second cancellation would interrupt who cleans up
@@ -1042,7 +1053,7 @@ class JobRunner:
         """Cancel what is left, wait for it, and close the store."""
         self._cut.set()
         for run in list(self._pending.values()):
-            self._run_errand(self._end(run, _closed()))
+            self._run_errand(self._end(run, _closed(run.job)))
         self._pending.clear()
         for run in self._running:
             if run.task is not None and not run.is_ending and not run.is_dismissed:
@@ -1096,8 +1107,9 @@ async def _ended(task: asyncio.Task[Any]) -> None:
         del cancellation  # its traceback holds this frame
 
 
-def _closed() -> dict[str, Any]:
+def _closed(job: Job) -> dict[str, Any]:
     message = "the runner was closed before the job had ended"
+    logger.warning("job %s of %r was cut short: %s", job.id, job.pipeline, message)
     return {"status": "failed", "error": JobFailure("JobRunnerClosed", message)}
 
 

@@ -1425,3 +1425,8 @@ class TestOnAServer:
             assert log[0] is log[1]
             await until(lambda: tasks() == before)
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_a_stream_itself_is_no_content() -> None:
+    with pytest.raises(TypeError, match=r"must be an async generator, not Stream; write one with "):
+        ClosingStreamingResponse(Pipeline([str]).stream([1]))

@@ -646,7 +646,7 @@ async def test_a_body_that_is_no_object_is_a_problem(body: str) -> None:
 @pytest.mark.parametrize(
     ("process", "body", "pointers"),
     [
-        ("double", {}, ["/inputs/n"]),
+        ("double", {}, ["/inputs", "/inputs/n"]),
         ("double", {"inputs": {}}, ["/inputs/n"]),
         ("double", {"inputs": None}, ["/inputs"]),
         ("double", {"inputs": [1]}, ["/inputs"]),
@@ -687,7 +687,7 @@ async def test_a_body_that_is_no_object_is_a_problem(body: str) -> None:
         (
             "double",
             {"outputs": {"x": {}}, "response": 1, "subscriber": 1},
-            ["/inputs/n", "/outputs/x", "/response", "/subscriber"],
+            ["/inputs", "/inputs/n", "/outputs/x", "/response", "/subscriber"],
         ),
     ],
 )
@@ -2371,7 +2371,7 @@ def test_the_public_names() -> None:
         (TypeError, "wait", {"wait": None}),
         (ValueError, "cache_ttl must be greater than 0", {"cache_ttl": 0}),
         (TypeError, "cache_ttl", {"cache_ttl": "x"}),
-        (TypeError, "callable", {"context": {"language": "en"}}),
+        (TypeError, "context must be a function", {"context": {"language": "en"}}),
     ],
 )
 def test_arguments_are_checked(error: type[Exception], message: str, options: dict[str, Any]) -> None:
@@ -2465,3 +2465,29 @@ async def test_the_openapi_document_is_linked_with_its_version() -> None:
     async with client_of(app) as client:
         links = {link["rel"]: link for link in (await client.get("/api/")).json()["links"]}
     assert links["service-desc"]["type"] == "application/vnd.oai.openapi+json;version=3.0"
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong", "message"),
+    [
+        ("runner", JobRunner, r"^runner must be a JobRunner, not .*; write runner=JobRunner\("),
+        ("title", None, "^title must be a str, not None$"),
+        ("description", 1, "^description must be a str, not 1$"),
+        ("context", {"a": 1}, "^context must be a function, as Depends takes it, not {'a': 1}$"),
+        ("cache", {}, r"^cache must have get and set, like MemoryCache\(\), not {}$"),
+    ],
+)
+def test_what_is_wrong_is_said_by_its_name(option: str, wrong: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        processes_router({"text": Pipeline([str])}, **{option: wrong})
+
+
+async def test_inputs_that_stand_beside_their_object() -> None:
+    def double(number: int) -> int:
+        return 2 * number
+
+    app = FastAPI()
+    app.include_router(processes_router({"double": double}))
+    async with client_of(app) as client:
+        problem = problem_of(await client.post("/processes/double/execution", json={"number": 2}), 400)
+    assert [fault["pointer"] for fault in problem["errors"]] == ["/inputs", "/inputs/number"]

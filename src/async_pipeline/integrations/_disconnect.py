@@ -322,6 +322,14 @@ class ClosingStreamingResponse(StreamingResponse):
     its tasks run until the garbage collector finds it. This response closes it in its own task.
     """
 
+    def __init__(self, content: Any, *args: Any, **options: Any) -> None:
+        if hasattr(type(content), "__aenter__"):
+            raise TypeError(
+                f"content must be an async generator, not {type(content).__name__}; write one with "
+                "'async with pipeline.stream(...) as results: async for result in results: yield ...'"
+            )
+        super().__init__(content, *args, **options)
+
     async def stream_response(self, send: Send) -> None:
         try:
             await super().stream_response(send)

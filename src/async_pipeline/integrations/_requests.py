@@ -28,6 +28,8 @@ class ExecutionRequest:
         try:
             self.value = process.read(self.inputs)
         except BadInputs as error:
+            if "inputs" not in asked:
+                faults.append({"pointer": "/inputs", "detail": "is missing: the object that has the inputs"})
             faults += [fault._asdict() for fault in error.faults]
         self.outputs: Collection[str] = tuple(process.outputs)
         if "outputs" in asked:

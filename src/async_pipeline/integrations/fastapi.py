@@ -135,6 +135,15 @@ def processes_router(
         TypeError: a type hint can't be read, or an argument is of the wrong type.
         ValueError: an id or a number that can't be used, or a description of what is not there.
     """
+    if not (runner is None or isinstance(runner, JobRunner)):
+        raise TypeError(f"runner must be a JobRunner, not {runner!r}; write runner=JobRunner(...)")
+    for name, text in (("title", title), ("description", description)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a str, not {text!r}")
+    if not (context is None or callable(context)):
+        raise TypeError(f"context must be a function, as Depends takes it, not {context!r}")
+    if not all(callable(getattr(cache, name, cache is None)) or cache is None for name in ("get", "set")):
+        raise TypeError(f"cache must have get and set, like MemoryCache(), not {cache!r}")
     if runner is not None and job_context is not None:
         raise ValueError("job_context is for the router's own runner; give it to the JobRunner instead")
     if not isinstance(processes, Mapping):
