@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -422,6 +422,15 @@ class TestSubmit:
         assert before <= job.created <= job.started <= job.finished == job.updated
         assert job.finished - before < timedelta(seconds=60)
 
+    async def test_the_times_of_one_change_are_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = (datetime.now(UTC) + timedelta(milliseconds=number) for number in range(10**6))
+        async with JobRunner() as runner:
+            monkeypatch.setattr(runner, "_now", lambda: next(clock))  # no two readings are the same
+            seen = await history(runner, (await runner.submit(SAME, 1)).id)
+        assert seen[-1].finished == seen[-1].updated
+        for job in seen[:-1]:
+            assert job.updated in (job.created, job.started) or job.progress == 100
+
     @pytest.mark.virtual
     async def test_the_times_follow_the_clock_of_the_loop(self) -> None:
         async with JobRunner(1) as runner:
@@ -572,11 +581,18 @@ class TestFailure:
     @pytest.mark.parametrize("way", ["submit", "pending", "run"])
     @pytest.mark.parametrize("factory", ["eager", "lazy"])
     def test_what_ends_the_loop_ends_the_job(
-        self, kind: type[BaseException], is_late: bool, way: str, factory: str
+        self,
+        kind: type[BaseException],
+        is_late: bool,
+        way: str,
+        factory: str,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         if factory == "eager" and not hasattr(asyncio, "eager_task_factory"):
             pytest.skip("there are no eager tasks yet")
         complaints: list[Any] = []
+        # a record that pytest keeps would keep the task, so that it could not complain
+        monkeypatch.setattr(logging.getLogger("async_pipeline"), "disabled", True)
 
         async def broken(value: Any) -> Any:
             if is_late:
@@ -731,6 +747,7 @@ class TestDismiss:
             await asyncio.sleep(1.5)
             job = await runner.dismiss(job.id)
             assert (job.status, job.result) == ("successful", 1)
+            assert job.finished == job.started + timedelta(seconds=1)  # type: ignore[operator]
 
     async def test_of_one_that_is_being_submitted(self) -> None:
         async with JobRunner(store=SlowStore()) as runner:
@@ -867,6 +884,12 @@ class TestEviction:
             assert not store._jobs  # without anybody asking
             assert not store._finished
 
+    async def test_at_that_moment_all_agree(self) -> None:
+        async with JobRunner(ttl=60) as runner:
+            job = await runner.submit(NAP, 5)
+            await asyncio.sleep(65)
+            assert await runner.list() == [await runner.get(job.id)]
+
     async def test_each_in_its_turn(self) -> None:
         store = MemoryJobStore()
         async with JobRunner(ttl=10, store=store) as runner:
@@ -1002,6 +1025,17 @@ class TestWatch:
                 await asyncio.sleep(4.5)
             assert seen[-1].status == "successful"
             assert [job.progress for job in seen] == [0, 30, 70, 100]
+
+    @pytest.mark.parametrize("keep", [0, 1000])
+    async def test_who_is_slow_sees_the_end_of_what_is_gone_by_then(self, keep: int) -> None:
+        store = SharedStore()
+        async with JobRunner(keep=keep, store=store) as runner:
+            job = await runner.submit(NAP, 5)
+            watching = runner.watch(job.id)
+            assert (await anext(watching)).finished is None
+            await asyncio.sleep(10)
+            assert bool(store._jobs) == bool(keep)
+        assert [job.status async for job in watching] == ["successful"]
 
     async def test_any_number_may_watch_and_go(self) -> None:
         async with JobRunner() as runner:
@@ -1146,6 +1180,25 @@ class TestList:
             assert await listing == []
 
     @pytest.mark.virtual
+    async def test_a_job_that_comes_meanwhile_is_not_older_than_it_was(self) -> None:
+        async def work(value: Any) -> Any:
+            report_progress(0.5)
+            await asyncio.sleep(100)
+
+        class Store(MemoryJobStore):
+            async def list(self, **options: Any) -> list[Job]:
+                await asyncio.sleep(2)
+                return await super().list(**options)
+
+        async with JobRunner(store=Store(), drain=0) as runner:
+            listing = asyncio.create_task(runner.list())
+            await asyncio.sleep(1)
+            job = await runner.submit(work, 1)
+            await turns()
+            assert await progress_at(runner, job.id) == 50
+            assert [job.progress for job in await listing] == [50]
+
+    @pytest.mark.virtual
     async def test_each_has_the_status_that_was_asked_for(self) -> None:
         async with JobRunner(store=SlowStore()) as runner:
             job = await runner.submit(NAP, 10)
@@ -1284,6 +1337,43 @@ class TestRun:
             assert (job.status, job.result) == ("successful", seconds)
             assert store._jobs[job.id] == job
 
+    async def test_left_before_it_began(self) -> None:
+        gate = Gate()
+        runner = JobRunner()
+        with pytest.raises(LookupError):
+            async with runner:
+                running = asyncio.create_task(runner.run(gate.pipeline, 1, wait=0))
+                await asyncio.sleep(0)
+                raise LookupError
+        assert (await running).error == CLOSED
+        assert await runner.list() == []
+        assert gate.began == gate.cancelled
+
+    async def test_that_ends_while_a_store_fails_to_add_it(self) -> None:
+        class Store(BrokenStore):
+            async def add(self, job: Job) -> None:
+                await asyncio.sleep(5)
+                await super().add(job)
+
+        async with JobRunner(store=Store(add=1, save_end=100)) as runner:
+            with pytest.raises(OSError, match="disk full"):
+                await runner.run(NAP, 3, wait=1)
+            assert now() == 6  # it is no job, so its end is not saved
+
+    async def test_that_leaves_a_cancellation_behind_while_it_becomes_a_job(self) -> None:
+        async def work(value: Any) -> Any:
+            await asyncio.sleep(2)
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            return value
+
+        async with JobRunner(drain=1000, store=SlowStore(10)) as runner:
+            job = await runner.run(work, 1, wait=1)
+            assert (await end_of(runner, job.id)).status == "successful"
+            left = now()
+        assert now() - left < 100
+
     async def test_a_store_that_fails_then_ends_it(self) -> None:
         cleaner = Cleaner()
         async with JobRunner(1, 0, store=BrokenStore(add=1)) as runner:
@@ -1358,6 +1448,17 @@ class TestLifespan:
             await runner.submit(SAME, 1)
         async with runner:
             assert (await runner.run(SAME, 1)).result == 1
+
+    async def test_while_it_is_entered_it_accepts_nothing_yet(self) -> None:
+        runner = JobRunner(store=SlowStore())
+        entering = asyncio.create_task(runner.__aenter__())
+        await asyncio.sleep(0.1)
+        for call in (runner.submit(SAME, 1), runner.run(SAME, 1), runner.get("a"), runner.dismiss("a")):
+            with pytest.raises(JobRunnerClosed):
+                await call
+        await entering
+        await runner.submit(SAME, 1)
+        await runner.__aexit__(None, None, None)
 
     async def test_entering_may_be_cancelled(self) -> None:
         runner = JobRunner(store=SlowStore(10))
@@ -1551,6 +1652,49 @@ class TestDrain:
         with suppress(JobNotFound):
             assert (await dismissing).error == CLOSED
         assert now() == 0
+
+    async def test_an_end_that_is_being_saved_is_not_disturbed(self) -> None:
+        store = SlowStore(4)
+        async with JobRunner(drain=0, store=store) as runner:
+            await runner.submit(NAP, 5, job_id="a")
+            await asyncio.sleep(4 + 5 + 1)  # to save that it runs, to run, and a part of saving the end
+        job = store._jobs["a"]
+        assert job.started is not None
+        assert (job.status, job.finished) == ("successful", job.started + timedelta(seconds=4 + 5))
+
+    async def test_the_store_is_closed_after_all_else(self) -> None:
+        class Store(MemoryJobStore):
+            closed: float | None = None
+
+            async def save(self, job: Job) -> None:
+                await asyncio.sleep(5 if job.id == "c" else 0)
+                await super().save(job)
+
+            async def evict(self, *, before: datetime, keep: int) -> None:
+                await asyncio.sleep(next(seconds))
+                await super().evict(before=before, keep=keep)
+
+            async def aclose(self) -> None:
+                self.closed = now()
+
+        store, seconds = Store(), iter([0, 0, 20, 0])
+        async with JobRunner(1, ttl=14, drain=0, store=store) as runner:
+            await runner.submit(SAME, 1, job_id="a")  # to be removed at 14
+            await asyncio.sleep(12)
+            for job_id in ("b", "c"):
+                await runner.submit(NAP, 100, job_id=job_id)
+        assert store.closed == pytest.approx(14 + 20, abs=0.1)
+
+    async def test_what_was_cut_short_does_not_begin_when_it_is_entered_again(self) -> None:
+        gate, runner = Gate(), JobRunner(1, drain=0)
+        async with runner:
+            for value in ("a", "b"):
+                await runner.submit(gate.pipeline, value)
+            await turns()
+        async with runner:
+            assert repr(runner) == "<JobRunner open running=0 pending=0>"
+            assert (await end_of(runner, (await runner.submit(SAME, 1)).id)).result == 1
+        assert gate.began == ["a"]
 
     async def test_a_task_that_had_no_turn_yet_is_ended_all_the_same(self) -> None:
         gate = Gate()
@@ -2157,6 +2301,22 @@ class TestThreads:
                 job = await runner.submit(quick, 1)
                 assert (await end_of(runner, job.id)).message == "half of 1"
 
+    async def test_what_a_handler_has_waited_for_is_of_its_stage(self) -> None:
+        async def work(value: Any) -> Any:
+            with ThreadPoolExecutor(1) as executor:
+                executor.submit(copy_context().run, report_progress, 0.5, "half").result()
+
+        async def look(value: Any) -> Any:
+            await turns()
+            job = await runner.get("a")
+            return job.progress, job.message
+
+        async with JobRunner() as runner:
+            await runner.submit(Pipeline([work, look]), 1, job_id="a")
+            assert (await end_of(runner, "a")).result == (50, "half")
+            job = await runner.submit(work, 1)
+            assert (await end_of(runner, job.id)).message == "half"
+
     async def test_what_it_reports_is_told_on_the_loop(self) -> None:
         def work(value: Any) -> Any:
             report_progress(0.5, "half")
@@ -2310,6 +2470,16 @@ class TestBrokenStore:
         assert now() == 11
         assert [job.status for job in await asyncio.gather(*ends)] == ["successful", "failed", "failed"]
 
+    async def test_what_has_no_end_then_is_neither_dismissed_nor_watched(self) -> None:
+        async with JobRunner(drain=0, store=BrokenStore(save_end=10_000)) as runner:
+            job = await runner.submit(NAP, 5)
+            await asyncio.sleep(1)
+        assert (await runner.get(job.id)).finished is None
+        async with asyncio.timeout(100):
+            for call in (runner.dismiss(job.id), end_of(runner, job.id)):
+                with pytest.raises(JobRunnerClosed):
+                    await call
+
     async def test_a_dismissal_waits_until_it_is_saved(self) -> None:
         async with JobRunner(store=BrokenStore(save_end=2)) as runner:
             for _ in range(2):
@@ -2360,7 +2530,7 @@ class TestBrokenStore:
             assert len(store._jobs) == 1
             assert await runner.list() == []
 
-    @pytest.mark.parametrize("handler", ["leaves a request", "swallows one"])
+    @pytest.mark.parametrize("handler", ["leaves a request", "swallows one", "knows of none"])
     async def test_a_cancellation_that_is_left_behind_loses_no_end(self, handler: str) -> None:
         task: Any = None
 
@@ -2376,10 +2546,13 @@ class TestBrokenStore:
             if handler == "swallows one":
                 await asyncio.sleep(1.5)  # its end is being saved
                 task.cancel()
-            assert (await end_of(runner, job.id)).result == 1
+            end = await end_of(runner, job.id)
+            assert end.result == 1
+            await asyncio.sleep(0.25)
             task.cancel()  # while what is too old is removed
             job = await runner.submit(NAP, 1)
             assert (await end_of(runner, job.id)).result == 1
+            assert await runner.get(end.id) == end
 
     @pytest.mark.parametrize("moment", [0.25, 0.5, 0.75, 1])
     async def test_a_submission_that_is_cancelled_leaves_nothing(self, moment: float) -> None:
@@ -2484,6 +2657,18 @@ class TestSharedStore:
         ]
         assert now() <= 4.5
         assert [job.updated for job in seen] == sorted(job.updated for job in seen)
+
+    async def test_what_has_not_changed_is_not_told_again(self) -> None:
+        class Store(SharedStore):
+            async def get(self, job_id: str) -> Job | None:
+                return copy.copy(await super().get(job_id))
+
+        store = Store()
+        async with JobRunner(store=store) as one, JobRunner(store=store) as other:
+            job = await one.submit(NAP, 5)
+            await asyncio.sleep(1)
+            seen = await history(other, job.id)
+        assert [job.status for job in seen] == ["running", "successful"]
 
     async def test_what_has_not_changed_is_not_saved_again(
         self, runners: tuple[JobRunner, JobRunner]

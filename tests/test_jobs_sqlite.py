@@ -906,6 +906,47 @@ class TestOpening:
         assert caught.value.errno == errno.EBUSY
         lock.close()
 
+    @pytest.mark.parametrize(
+        ("code", "times", "patience", "message"),
+        [
+            (sqlite3.SQLITE_BUSY, 3, 10.0, None),
+            (sqlite3.SQLITE_BUSY_RECOVERY, 3, 10.0, None),
+            (sqlite3.SQLITE_BUSY, 1, 0.0, "end the process that keeps it locked"),
+            (sqlite3.SQLITE_IOERR, 1, 10.0, "look at the disk"),
+        ],
+    )
+    async def test_a_file_that_others_open_at_the_same_time(
+        self,
+        path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        code: int,
+        times: int,
+        patience: float,
+        message: str | None,
+    ) -> None:
+        failures = iter(range(times))
+
+        class Busy(sqlite3.Connection):
+            def execute(self, statement: str, values: Any = ()) -> sqlite3.Cursor:
+                if statement == "PRAGMA journal_mode = WAL" and next(failures, None) is not None:
+                    error = sqlite3.OperationalError("not now")  # at once, whatever the timeout
+                    error.sqlite_errorcode = code
+                    raise error
+                return super().execute(statement, values)
+
+        connect = sqlite3.connect
+        monkeypatch.setattr(jobs_sqlite, "_PATIENCE", patience)
+        monkeypatch.setattr(
+            sqlite3, "connect", lambda path, **options: connect(path, factory=Busy, **options)
+        )
+        store = SqliteJobStore(path)
+        if message is not None:
+            with pytest.raises(OSError, match=message):
+                await store.open()
+        await store.open()
+        await store.add(a_job("a"))
+        await store.aclose()
+
     async def test_anything_else(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(*arguments: Any, **options: Any) -> Any:
             error = sqlite3.OperationalError("disk I/O error")
@@ -1040,6 +1081,39 @@ class TestClosing:
         await asyncio.gather(opening, closing)
         await store.add(a_job("a"))
         await store.aclose()
+
+    async def test_by_another_as_well_while_it_is_opened_again(self, path: Path) -> None:
+        store = SqliteJobStore(path)
+        await store.open()
+        calls = []
+        with busy(store):
+            for call in (store.aclose(), store.open(), store.aclose()):
+                calls.append(asyncio.ensure_future(call))
+                await asyncio.sleep(0)
+        await asyncio.gather(*calls)
+        await store.add(a_job("a"))  # both have closed what was open when they came
+        await store.aclose()
+
+    async def test_does_not_hold_up_the_event_loop(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        begun, go_on, went_on = threading.Event(), threading.Event(), []
+        store = SqliteJobStore(path)
+        await store.open()
+        database = thread_of(store).database
+        close = database.close
+
+        def slow() -> None:
+            begun.set()
+            went_on.append(go_on.wait(10))
+            close()
+
+        monkeypatch.setattr(database, "close", slow)
+        with busy(store):
+            closing = asyncio.ensure_future(store.aclose())
+            await asyncio.sleep(0)
+        await asyncio.get_running_loop().run_in_executor(None, begun.wait)
+        go_on.set()
+        await closing
+        assert went_on == [True]
 
 
 class TestManyCallers:
@@ -1420,6 +1494,38 @@ os.wait()
                 parent.stdin.close()
                 assert line_of(parent) == "closed"
             assert {job.status for job in await store.list(**EVERYTHING)} == {"failed"}
+
+    async def test_that_fork_while_a_thread_opens_one(self, path: Path) -> None:
+        """The child would keep the lock for ever."""
+        fork = """
+import threading
+import time
+from async_pipeline import jobs_sqlite
+
+lock, inside, forking = jobs_sqlite._lock, threading.Event(), threading.Event()
+os.register_at_fork(before=forking.set)
+
+def slow(file):
+    inside.set()
+    forking.wait()
+    time.sleep(0.2)
+    return lock(file)
+
+def open_and_close():
+    os.close(jobs_sqlite._open_locked(sys.argv[1], os.O_CREAT))
+
+jobs_sqlite._lock = slow
+thread = threading.Thread(target=open_and_close)
+thread.start()
+inside.wait()
+if os.fork() == 0:
+    sys.stdin.readline()
+    os._exit(0)
+thread.join()
+say("held" if jobs_sqlite._open_locked(sys.argv[1], 0) is None else "free")
+"""
+        with process(fork, path) as parent:
+            assert line_of(parent) == "free"
 
     async def test_that_end_without_closing_end(self, path: Path) -> None:
         forget = """

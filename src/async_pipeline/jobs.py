@@ -423,7 +423,7 @@ class _Run:
         self.publish(self.changed(**changes))
 
     def changed(self, **changes: Any) -> Job:
-        return replace(self.job, updated=self._clock(), **changes)
+        return replace(self.job, **{"updated": self._clock()} | changes)
 
     def publish(self, job: Job) -> None:
         self.job = job
@@ -558,12 +558,12 @@ class JobRunner:
         if self._is_entered:
             raise RuntimeError("the JobRunner is entered already; share the one, or make another")
         self._is_entered = True
+        self._loop = asyncio.get_running_loop()
         try:
             await self._store.open()
         except BaseException:
             self._is_entered = False
             raise
-        self._loop = asyncio.get_running_loop()
         self._epoch = datetime.now(UTC) - timedelta(seconds=self._loop.time())
         self._is_open = self._was_entered = True
         self._idle, self._cut = asyncio.Event(), asyncio.Event()
@@ -905,7 +905,8 @@ class JobRunner:
         run.task = asyncio.current_task()  # an eager one is not known to who has made it yet
         fatal: BaseException | None = None
         try:
-            run.update(status="running", started=self._now())
+            now = self._now()
+            run.update(status="running", started=now, updated=now)
             await self._save(run)
             result = await self._run_in_context(run)
             end = {"status": "successful", "progress": 100, "result": result}
@@ -955,7 +956,8 @@ class JobRunner:
         """Let everybody know the end of a job, when the store knows it."""
         run.hear()
         run.is_ending = True
-        job = run.changed(finished=self._now(), **end)
+        now = self._now()
+        job = run.changed(finished=now, updated=now, **end)
         if not run.is_job:
             run.publish(job)
             return

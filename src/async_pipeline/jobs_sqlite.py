@@ -423,9 +423,20 @@ class _Database:
             )
         self._db.execute(f"PRAGMA user_version = {_VERSION}")  # fails at once where nothing may be written
         self._db.execute("COMMIT")
-        if self._single("PRAGMA journal_mode = WAL") != "wal":
+        if self._use_write_ahead_log() != "wal":
             raise OSError(errno.ENOTSUP, "SQLite can't share a file there")
         self._db.execute("PRAGMA synchronous = NORMAL")
+
+    def _use_write_ahead_log(self) -> Any:
+        give_up = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return self._single("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                # SQLite itself does not wait for another process that does the same at this moment
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= give_up:
+                    raise
+            time.sleep(0.01)
 
     def close(self) -> None:
         self._stack.close()

@@ -684,6 +684,7 @@ async def test_a_body_that_is_no_object_is_a_problem(body: str) -> None:
             {"inputs": {"n": 1}, "subscriber": {"successUri": "http://a"}},
             ["/subscriber"],
         ),
+        ("double", {"inputs": {"n": 1}, "subscriber": None}, ["/subscriber"]),
         (
             "double",
             {"outputs": {"x": {}}, "response": 1, "subscriber": 1},
@@ -1084,6 +1085,8 @@ async def test_what_takes_longer_becomes_a_job() -> None:
         (["respond-asynchronously"], 4),
         (['note="a, respond-async, wait=1"'], 4),
         ([r'note="a\", respond-async"'], 4),
+        ([r'note="a\", respond-async, \"b"'], 4),
+        (['x" wait=2'], 4),
         (['note=a; why="respond-async"'], 4),
         (['wait="2'], 4),
         ([",,;=", '"', "wait=2"], 2),
@@ -1956,6 +1959,24 @@ async def test_the_scheme_is_the_client_s() -> None:
     async with client_of(app), Exchange(app, "GET", "/api/processes", scope={"scheme": "https"}) as exchange:
         content = json.loads(await exchange.chunk() or "")
     check_links(content, "https://test.example/api")
+
+
+async def test_what_links_say() -> None:
+    async with client_of(app_of()) as client:
+        content = (await client.get("/api/processes?limit=5&offset=2")).json()
+        assert link_of(content, "prev") == f"{HOST}/api/processes?limit=5&offset=0"
+        assert all(link["type"] == "application/json" and "title" not in link for link in content["links"])
+        job = (await execute(client, "double", {"n": 4}, headers=ASYNC)).json()
+        (monitor,) = (link for link in job["links"] if link["rel"] == "monitor")
+        assert (monitor["type"], monitor["title"]) == ("text/event-stream", "changes, as they come")
+
+
+@pytest.mark.parametrize(("root", "seen"), [("/proxy/", "/proxy"), ("/a,(b)", "/a,(b)")])
+async def test_the_links_begin_with_the_root_path_as_it_is(root: str, seen: str) -> None:
+    app, scope = app_of(), {"root_path": root}
+    async with client_of(app), Exchange(app, "GET", "/api/processes", scope=scope) as exchange:
+        content = json.loads(await exchange.chunk() or "")
+    check_links(content, f"{HOST}{seen}/api")
 
 
 @pytest.mark.threads

@@ -568,7 +568,9 @@ def test_each_worker_answers_for_every_job(workers: Server) -> None:
     assert [status for status, _, _ in polls] == [200] * 100
     answered = Counter(worker for _, worker, _ in polls)
     print(f"-- polls by worker: {dict(answered)}; jobs: {dict(Counter(worker for _, worker in jobs))}")
-    assert len(answered) == 2
+    job, owner = jobs[0]
+    with connection_to(client, owner, other=True) as connection:  # the system may give all polls to one
+        assert client.ask(connection, "GET", job).status == 200
     for job, owner in jobs:
         assert client.job(job, until="successful").json["progress"] == 100
         for other in (False, True):

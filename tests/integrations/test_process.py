@@ -106,6 +106,16 @@ class Color(enum.Enum):
     TWO = 2
 
 
+class Share(enum.Enum):
+    HALF = 0.5
+    WHOLE = 1.0
+
+
+class Point(typing.NamedTuple):
+    x: int
+    y: int
+
+
 def process(step: Any, description: Mapping[str, Any] | None = None) -> Process:
     return Process("p", step if hasattr(step, "run") else Stage("stage", step), description)
 
@@ -186,6 +196,8 @@ class TestProcess:
         one.summary()["id"] = one.description()["inputs"]["day"]["title"] = "changed"
         assert one.summary()["id"] == "p"
         assert one.description()["inputs"]["day"]["title"] == "Day"
+        one.description()["outputs"]["city"]["title"] = "changed"
+        assert one.description()["outputs"]["city"]["title"] == "City"
 
     def test_the_title_is_the_pipelines_name_or_the_id(self) -> None:
         assert Process("x", Pipeline([price])).title == "x"
@@ -380,6 +392,17 @@ class TestHandlers:
         assert one.inputs_schema["properties"]["v"] == {"type": "integer"}
         assert one.read({}) is nothing
 
+    def test_the_default_of_the_hint_stands_above_the_parameters(self) -> None:
+        def handler(v: Annotated[int, Field(default=5)] = 6) -> None: ...
+
+        one = process(handler)
+        assert one.read({}) == one.inputs_schema["properties"]["v"]["default"] == 5
+
+    def test_a_default_that_json_has_no_number_for_is_null(self) -> None:
+        def handler(v: float = math.inf) -> None: ...
+
+        assert process(handler).inputs_schema["properties"]["v"] == {"type": "number", "default": None}
+
     def test_rules_stand_in_the_hint(self) -> None:
         one = taking(Annotated[int, Field(ge=1, title="How many", description="of them")])
         assert one.description()["inputs"]["v"]["title"] == "How many"
@@ -388,13 +411,24 @@ class TestHandlers:
         assert pointers(one, {"v": 0}) == ["/inputs/v"]
         assert taking(Annotated[int, Field(default=5)]).read({}) == 5
 
-    @pytest.mark.parametrize("name", ["_", "_a"])
-    def test_a_name_may_begin_with_an_underscore(self, name: str) -> None:
+    @pytest.mark.parametrize(("name", "title"), [("_", "_"), ("_a", "A")])
+    def test_a_name_may_begin_with_an_underscore(self, name: str, title: str) -> None:
         scope: dict[str, Any] = {}
         exec(f"def handler({name}: int): ...", scope)
         one = process(scope["handler"])
         assert one.read({name: 1}) == 1
-        assert one.description()["inputs"][name]["title"]
+        assert one.description()["inputs"][name]["title"] == title
+
+    def test_where_a_stage_of_its_own_says_nothing_its_handler_names_the_input(self) -> None:
+        assert list(process(SilentStage("silent", lambda place: place)).inputs_schema["properties"]) == [
+            "place"
+        ]
+
+    def test_a_handler_of_any_arguments_has_a_docstring_too(self) -> None:
+        def handler(*args: Any) -> None:
+            """Take anything."""
+
+        assert process(handler).summary()["description"] == "Take anything."
 
 
 class TestSteps:
@@ -568,6 +602,13 @@ def decorated(function):
     @functools.wraps(function)
     def wrapper(order): return function(order)
     return wrapper
+
+def decorated_anew(function):
+    class Town(TypedDict):
+        town: str
+    @functools.wraps(function, assigned=())
+    def wrapper(order: list[Town]): return [Town(**one) for one in order]
+    return wrapper
 """
 
 
@@ -585,7 +626,8 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
 class TestHintsThatAreNotThereYet:
     def test_are_evaluated_where_they_stand(self, module: Any) -> None:
         wrappers = module.decorated(module.handler), of_another_module(module.handler)
-        for handler in (module.handler, functools.partial(module.handler), *wrappers):
+        twice = of_another_module(of_another_module(module.handler))
+        for handler in (module.handler, functools.partial(module.handler), *wrappers, twice):
             one = process(handler)
             assert one.inputs_schema["required"] == ["city"]
             assert list(one.inputs_schema["properties"]) == ["city", "days", "day"]
@@ -596,6 +638,13 @@ class TestHintsThatAreNotThereYet:
         _, needs_it = module.make()
         assert process(needs_it).read({"order": [{"city": "Rome"}]}) == [{"city": "Rome"}]
         assert list(process(needs_it).outputs) == ["city"]
+
+    def test_are_evaluated_in_closures_of_what_is_decorated(self, module: Any) -> None:
+        _, needs_it = module.make()
+        one = process(module.decorated(needs_it))
+        assert one.read({"order": [{"city": "Rome"}]}) == [{"city": "Rome"}]
+        anew = process(module.decorated_anew(needs_it))
+        assert anew.read({"order": [{"town": "Rome"}]}) == [{"town": "Rome"}]
 
     @pytest.mark.parametrize(
         ("name", "words"),
@@ -651,7 +700,8 @@ class TestHintsThatAreNotThereYet:
         with pytest.raises(TypeError, match="process 'p': there is no JSON for the hint") as caught:
             taking(hint)
         assert "of the parameter 'v' of taking.<locals>.handler" in str(caught.value)
-        assert "write a TypedDict, a dataclass, a pydantic model" in str(caught.value)
+        assert re.search(r" \(.+\); write a TypedDict, a dataclass, a pydantic model", str(caught.value))
+        assert "\n" not in str(caught.value)
 
     def test_there_is_no_json_for_what_is_returned(self) -> None:
         def other(v: int) -> OwnStep:
@@ -661,6 +711,21 @@ class TestHintsThatAreNotThereYet:
             giving(OwnStep)
         with pytest.raises(TypeError, match=r"that .*<locals>\.other or plain returns"):
             process(fallback(other, plain))
+        with pytest.raises(TypeError, match=r"that [^ ]*<locals>\.other returns"):
+            process(fallback(other, other))
+
+        def no_json(v: OwnStep) -> bool:
+            return True
+
+        with pytest.raises(TypeError, match="that the last handler returns"):
+            process(Pipeline([lambda v: v, keep(no_json)]))
+
+    def test_names_of_types(self) -> None:
+        trips = typing_extensions.TypeAliasType("trips", list[Trip])
+        journey = typing_extensions.TypeAliasType("journey", Trip)
+        one = process(Pipeline([giving(trips).pipeline, keep(plain)]))
+        assert list(one.outputs["result"]["items"]["properties"]) == ["city", "days", "tags"]
+        assert list(taking(journey).inputs_schema["properties"]) == ["city", "days", "tags"]
 
 
 class TestForms:
@@ -710,6 +775,7 @@ class TestForms:
         assert one.read({"n": 1, "m": 2}) == Open.model_validate({"n": 1, "m": 2})
         assert one.inputs_schema["additionalProperties"] == {"type": "integer"}
         assert pointers(one, {"n": 1, "m": {"href": 2}, "o": {"value": 3}}) == ["/inputs/m"]
+        assert faults(one, {"n": 1, "\ud800": 2}) == [("/inputs/\ud800", "is not an input of this process")]
 
     def test_a_generic_model(self) -> None:
         class Page(BaseModel, Generic[T]):
@@ -800,6 +866,11 @@ class TestForms:
         assert one.inputs_schema["properties"]["v"]["items"]["description"] == "Strictly this."
         assert one.inputs_schema["properties"]["v"]["items"]["additionalProperties"] is False
 
+    def test_a_field_of_a_typed_dict_that_is_only_read_is_required(self) -> None:
+        read_only: Any = getattr(typing_extensions, "ReadOnly", Required)
+        one = taking(cast(Any, typing.TypedDict)("Fixed", {"n": read_only[int]}))
+        assert one.inputs_schema["required"] == ["n"]
+
 
 class TestRead:
     @pytest.mark.parametrize(
@@ -819,6 +890,7 @@ class TestRead:
                 {"a": 1, "b": 1, "c": None},
             ),
             (int | str, 3.0, 3),
+            (float | Literal["a", 1], 5, 5.0),
             (Literal[1, 2], 2.0, 2),
             (Color, 2.0, Color.TWO),
             (Color, "red", Color.RED),
@@ -884,6 +956,9 @@ class TestRead:
             (Literal[1], "1"),
             (Color, "blue"),
             (Color, True),
+            (Share, True),
+            (int | Literal[1, "a"], True),
+            (Literal[1] | dt.date, True),
             (dt.date, "1577836800"),
             (dt.date, 5),
             (dt.datetime, "1700000000"),
@@ -907,6 +982,8 @@ class TestRead:
         [
             (list[dt.date], ["2020-01-02", "5"], "/1"),
             (tuple[int, dt.date], [1, "5"], "/1"),
+            (tuple[int, dt.date], [1, "1577836800"], "/1"),
+            (Point, {"x": 1}, "/y"),
             (tuple[Literal[1], ...], [1, True], "/1"),
             (dict[str, Literal[1]], {"a": 1, "b": True}, "/b"),
             (dict[str, list[Literal[1, 2] | None]], {"a": [1, None, True]}, "/a/2"),
@@ -937,6 +1014,14 @@ class TestRead:
         one = taking(Open)
         assert set(pointers(one, {"day": "5", "more": True})) == {"/inputs/day", "/inputs/more"}
 
+        class Flagged(Open):
+            flag: bool
+
+        flagged = {"day": "2020-01-02", "flag": True, "more": 1}
+        assert taking(Flagged).read(flagged) == Flagged.model_validate(
+            {**flagged, "day": dt.date(2020, 1, 2)}
+        )
+
     @pytest.mark.parametrize("inputs", [None, [], "a", 5])
     def test_refuses_what_is_no_object(self, inputs: Any) -> None:
         assert faults(taking(int), inputs) == [("/inputs", "must be an object")]
@@ -960,6 +1045,8 @@ class TestRead:
     def test_tells_a_fault_once(self) -> None:
         found = faults(taking(Line | Tree), {"v": 5})
         assert len(found) == len(set(found)) == 1
+        assert len(faults(taking(Literal[1] | Literal[2]), {"v": True})) == 1
+        assert len(faults(taking(dt.date), {"v": "5"})) == 1
 
     def test_an_input_that_is_missing_and_one_that_is_too_much(self) -> None:
         assert faults(taking(int), {"w": 1}) == [
@@ -983,6 +1070,7 @@ class TestRead:
             ("\ud800", "", "is not valid Unicode"),
             ({"a": ["\udfff"]}, "/a/0", "is not valid Unicode"),
             ({"a": {"\ud800": 1}}, "/a", "has a name that is not valid Unicode"),
+            ({"a": {"\ud800": math.nan}}, "/a", "has a name that is not valid Unicode"),
         ],
     )
     def test_refuses_what_only_python_takes_for_json(self, value: Any, where: str, words: str) -> None:
@@ -1039,7 +1127,8 @@ class TestRead:
 
         one = taking(Annotated[float, pydantic.BeforeValidator(refuse)])
         assert one.read({"v": 2**70}) == float(2**70)
-        assert faults(one, {"v": 10**400}) == [("/inputs/v", "Input should be a valid number")]
+        for number in (10**400, -(10**400)):
+            assert faults(one, {"v": number}) == [("/inputs/v", "Input should be a valid number")]
         assert pointers(one, {"v": True}) == ["/inputs/v"]
 
     def test_an_error_of_a_validator_that_is_no_value_error_is_its_own(self) -> None:
@@ -1048,6 +1137,47 @@ class TestRead:
 
         with pytest.raises(ZeroDivisionError):
             taking(Annotated[int, pydantic.AfterValidator(validate)]).read({"v": 1})
+
+    @pytest.mark.parametrize("kind", ["get_attribute_error", "iteration_error", "mapping_type"])
+    def test_keeps_the_words_of_exceptions_to_itself(self, kind: Any) -> None:
+        def refuse(value: int) -> int:
+            raise PydanticKnownError(kind, {"error": "secret"})
+
+        one = taking(Annotated[int, pydantic.AfterValidator(refuse)])
+        assert faults(one, {"v": 1}) == [("/inputs/v", "is not valid")]
+
+    @pytest.mark.parametrize("kind", ["int_type", "literal_error", "enum"])
+    def test_floats_are_integers_where_pydantic_refuses_them(self, kind: Any) -> None:
+        def refuse(value: Any) -> Any:
+            if isinstance(value, float):
+                raise PydanticKnownError(kind, None if kind == "int_type" else {"expected": "1"})
+            return value
+
+        assert taking(Annotated[int, pydantic.BeforeValidator(refuse)]).read({"v": 1.0}) == 1
+
+    def test_tells_where_when_a_key_is_called_like_a_type(self) -> None:
+        assert pointers(taking(dict[str, int] | int), {"v": {"int": "x"}}) == ["/inputs/v/int", "/inputs/v"]
+
+    def test_tells_where_when_a_validator_has_added_what_is_wrong(self) -> None:
+        longer = Annotated[list[int], pydantic.BeforeValidator(lambda value: [*value, "x"])]
+        assert pointers(taking(longer), {"v": [1]}) == ["/inputs/v"]
+
+    def test_checks_each_of_several_models(self) -> None:
+        class Born(BaseModel):
+            kind: Literal["born"]
+            day: dt.date
+
+        class Died(BaseModel):
+            kind: Literal["died"]
+            day: dt.date
+
+        one = taking(list[Annotated[Born | Died, Field(discriminator="kind")]])
+        assert "/inputs/v/0/day" in pointers(one, {"v": [{"kind": "born", "day": "1577836800"}]})
+
+    def test_checks_all_of_several_schemas(self) -> None:
+        by_hand = {"allOf": [{"type": "string"}, {"format": "date"}]}
+        one = taking(Annotated[dt.date, pydantic.WithJsonSchema(by_hand)])
+        assert faults(one, {"v": "1577836800"}) == [("/inputs/v", "is not a date like 2020-12-31")]
 
 
 def _first_float_only(value: Any) -> Any:
@@ -1085,6 +1215,13 @@ class TestOtherForms:
         assert one.read({"v": {"value": 5}}) == Amount(5)
         assert one.read({"v": {"value": {"value": 5}}}) == Amount(5)
 
+        class Both(typing_extensions.TypedDict):
+            any: Any
+            n: int
+
+        both = {"any": {"value": 5}, "n": {"value": 6}}
+        assert taking(Both).read(both) == {"any": {"value": 5}, "n": 6}
+
     def test_what_is_wrong_with_one(self) -> None:
         assert faults(taking(int), {"v": {"value": "x"}}) == [
             ("/inputs/v/value", "Input should be a valid integer")
@@ -1105,6 +1242,13 @@ class TestOtherForms:
             "/inputs/amount/value",
             "/inputs/n/value",
         ]
+        assert faults(taking(Order), {"amount": {"value": "x"}, "n": 1}) == [
+            ("/inputs/amount/value", "Input should be a valid integer")
+        ]
+        assert taking(Order).read({"amount": {"value": {"value": 5}}, "n": 1}) == {
+            "amount": {"value": 5},
+            "n": 1,
+        }
 
     def test_several_at_once(self) -> None:
         one = taking(Trip)
@@ -1171,7 +1315,8 @@ class TestSchemas:
             jsonschema_rs.meta.validate(dict(schema))
 
     def test_have_no_references(self) -> None:
-        for hint in (list[Cat | Dog], Annotated[Cat | Dog, Field(discriminator="kind")], dict[str, Line]):
+        chosen = Annotated[Cat | Dog, Field(discriminator="kind")]
+        for hint in (list[Cat | Dog], chosen, dict[str, Line], tuple[Cat, Dog], dict[Color, int]):
             assert not {"$ref", "$defs", "discriminator"} & set(keys_of(schema_of(hint)))
 
     def test_keep_what_is_said_beside_a_reference(self) -> None:
@@ -1187,7 +1332,14 @@ class TestSchemas:
         assert schema_of(list[Tree])["items"]["properties"]["children"]["items"] == {}
         nodes = schema_of(Node)["anyOf"]
         assert [list(node["properties"]) for node in nodes] == [["left", "right"], ["node"], ["leaf"]]
+        assert list(nodes[0]["properties"]["left"]["anyOf"][1]["properties"]) == ["node"]
         assert taking(Node).read({"v": {"node": {"left": {"leaf": 1.0}}}}).node.left.leaf == 1
+
+    def test_of_types_one_inside_the_other(self) -> None:
+        hint: Any = Cat
+        for name in "abcd":
+            hint = cast(Any, pydantic.create_model)(name, inner=(hint, ...))
+        assert "lives" in json.dumps(schema_of(list[hint]))
 
     def test_of_many_types_that_all_refer_to_each_other(self) -> None:
         names = [f"M{index}" for index in range(12)]
@@ -1220,10 +1372,18 @@ class TestSchemas:
         hint = Annotated[dt.date, Field(ge=dt.date(2020, 1, 1))]
         assert schema_of(hint) == {"type": "string", "format": "date"}
         assert pointers(taking(hint), {"v": "2019-01-01"}) == ["/inputs/v"]
-        by_hand: dict[str, Any] = {"minimum": "2020-01-01", "maximum": 5}
+        inside = {key: {"minimum": "2020-01-01", "maximum": 5} for key in ("not", "contains")}
+        by_hand: dict[str, Any] = {
+            "minimum": "2020-01-01",
+            "maximum": 5,
+            **inside,
+            "allOf": [{"minimum": "1"}],
+        }
         schema = schema_of(Annotated[dt.date, Field(json_schema_extra=by_hand)])
         assert "minimum" not in schema
         assert schema["maximum"] == 5
+        assert schema["not"] == schema["contains"] == {"maximum": 5}
+        assert schema["allOf"] == [{}]
 
     def test_that_are_true_or_false(self) -> None:
         by_hand = {
@@ -1265,6 +1425,10 @@ class TestSchemas:
 
     def test_say_what_keys_there_are(self) -> None:
         assert re.search(schema_of(dict[int, int])["propertyNames"]["pattern"], "-12")
+        long, too_long = "1" * 4000, "1" * 4301  # Python reads 4300 digits
+        assert taking(dict[int, int]).read({"v": {long: 1}}) == {int(long): 1}
+        assert re.search(schema_of(dict[int, int])["propertyNames"]["pattern"], long)
+        assert not re.search(schema_of(dict[int, int])["propertyNames"]["pattern"], too_long)
         assert "propertyNames" not in schema_of(dict[str, int])
         assert "propertyNames" not in schema_of(dict)
 
@@ -1352,6 +1516,7 @@ class TestDescription:
                 "metadata": [{"title": "m"}],
                 "id": "p",
                 "jobControlOptions": ["sync-execute"],
+                "outputTransmission": ["reference"],
                 "links": [],
                 "inputs": {
                     "day": {"title": "The day", "schema": {"type": "string"}, "maxOccurs": "unbounded"}
@@ -1380,6 +1545,21 @@ class TestDescription:
         assert described["outputs"]["city"]["description"] == "where"
         assert described["outputs"]["city"]["schema"]["type"] == "string"
         assert one.inputs_schema["properties"]["day"] == {"type": "string"}
+
+    def test_may_say_all_that_ogc_has_of_one(self) -> None:
+        said = {
+            "keywords": ("a",),
+            "metadata": [],
+            "additionalParameters": {"parameters": []},
+            "maxOccurs": 1,
+        }
+        described = process(count, {"inputs": {"n": said}}).description()["inputs"]["n"]
+        assert described == {**described, **said}
+
+    def test_of_inputs_where_there_are_none(self) -> None:
+        hint = cast(Any, pydantic.create_model)("Nothing")
+        with pytest.raises(ValueError, match="by the hints there are: none"):
+            process(taking(hint).pipeline, {"inputs": {"n": {}}})
 
     def test_only_describes(self) -> None:
         one = process(count, {"inputs": {"n": {"schema": {"type": "string"}, "minOccurs": 0}}})
@@ -1426,6 +1606,7 @@ class TestDescription:
                 "maxOccurs in the description of 'n' must be a number from 1",
             ),
             ({"inputs": {"n": {"maxOccurs": "many"}}}, "maxOccurs"),
+            ({"inputs": {"n": {"maxOccurs": True}}}, "maxOccurs"),
         ],
     )
     def test_of_something_that_is_not_there(self, description: Any, words: str) -> None:
@@ -1482,6 +1663,7 @@ class TestReadDescriptions:
             ("a.json", b"{"),
             ("a.yaml", b"a: [1"),
             ("a.yaml", b"a: !!python/name:os.system"),
+            ("a.yaml", b"a: !!python/object/apply:builtins.dict []"),
             ("a.json", b"\xff"),
         ],
     )
@@ -1525,14 +1707,15 @@ NUMBERS = st.integers(-3, 12) | st.integers() | st.floats(-1e15, 1e15)
 WORDS = st.sampled_from(
     ["2020-01-01", "0", "1.5", "true", "a", "x", "2020-01-01T00:00:00Z", "P1D", "1.2.3.4"]
 )
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | NUMBERS | st.text(st.characters(codec="utf-8"), max_size=4) | WORDS,
-    lambda inside: (
-        st.lists(inside, max_size=3)
-        | st.dictionaries(st.sampled_from(["a", "b", "kind", "1", "n"]), inside, max_size=3)
-    ),
-    max_leaves=5,
-)
+SINGLE = st.none() | st.booleans() | NUMBERS | st.text(st.characters(codec="utf-8"), max_size=4) | WORDS
+
+
+def nested(inside: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    keys = st.sampled_from(["a", "b", "kind", "1", "n"])
+    return SINGLE | st.lists(inside, max_size=3) | st.dictionaries(keys, inside, max_size=3)
+
+
+ANYTHING = nested(nested(SINGLE))
 FORMATS: dict[str, st.SearchStrategy[Any]] = {
     "date": st.dates().map(str),
     "date-time": st.datetimes(timezones=st.just(dt.UTC)).map(dt.datetime.isoformat),
@@ -1680,3 +1863,29 @@ def test_json_comes_through_as_it_is(value: Any) -> None:
     one = taking(Any)
     assert one.read({"v": value}) == value
     assert one.write(value) == {"result": value}
+
+
+class Kitten(BaseModel):
+    kind: Literal["kitten"]
+    born: dt.date
+
+
+class Puppy(BaseModel):
+    kind: Literal["puppy"]
+
+
+class Bird(BaseModel):
+    wings: int
+
+
+@pytest.mark.parametrize("hint", [Kitten | Puppy, Puppy | Kitten, Kitten | Bird, Bird | Kitten])
+def test_an_alternative_that_does_not_fit_at_all_excuses_nothing(hint: Any) -> None:
+    def tell(pet: Any) -> str:
+        return str(pet)
+
+    tell.__annotations__["pet"] = hint
+    process = Process("tell", Stage("tell", tell))
+    assert process.read({"pet": {"kind": "kitten", "born": "2020-01-01"}}).born == dt.date(2020, 1, 1)
+    with pytest.raises(BadInputs) as caught:
+        process.read({"pet": {"kind": "kitten", "born": "1577836800"}})
+    assert [fault.pointer for fault in caught.value.faults] == ["/inputs/pet/born"]

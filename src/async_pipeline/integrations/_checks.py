@@ -215,4 +215,14 @@ def _check_alternatives(alternatives: Sequence[Any]) -> _Check | None:
 def _is_of_kind(schema: Any, value: Any) -> bool:
     kind = schema.get("type") if isinstance(schema, Mapping) else None
     kinds = _KINDS.get(kind, (object,)) if isinstance(kind, str) else (object,)
+    if isinstance(value, dict) and kind == "object" and not _has_what_tells(schema, value):
+        return False
     return isinstance(value, kinds) and not (isinstance(value, bool) and int in kinds)
+
+
+def _has_what_tells(schema: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    """Whether an object has the fields by which one alternative is told from another."""
+    fields = schema.get("properties", {})
+    return all(name in value for name in schema.get("required", ())) and all(
+        value[name] == one["const"] for name, one in fields.items() if name in value and "const" in one
+    )
