@@ -423,13 +423,17 @@ class TestSubmit:
         assert job.finished - before < timedelta(seconds=60)
 
     async def test_the_times_of_one_change_are_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        clock = (datetime.now(UTC) + timedelta(milliseconds=number) for number in range(10**6))
+        gate, begun = Gate(), datetime.now(UTC)
+        clock = (begun + timedelta(milliseconds=number) for number in range(10**6))
         async with JobRunner() as runner:
             monkeypatch.setattr(runner, "_now", lambda: next(clock))  # no two readings are the same
-            seen = await history(runner, (await runner.submit(SAME, 1)).id)
-        assert seen[-1].finished == seen[-1].updated
-        for job in seen[:-1]:
-            assert job.updated in (job.created, job.started) or job.progress == 100
+            job = await runner.submit(gate.pipeline, 1)
+            await turns()
+            job = await runner.get(job.id)
+            assert (job.status, job.updated) == ("running", job.started)
+            gate.open.set()
+            job = await end_of(runner, job.id)
+            assert (job.status, job.updated) == ("successful", job.finished)
 
     @pytest.mark.virtual
     async def test_the_times_follow_the_clock_of_the_loop(self) -> None:
@@ -2877,7 +2881,9 @@ async def test_what_was_called_already_can_not_be_submitted() -> None:
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 async def test_another_event_loop_is_told_whose_the_runner_is() -> None:
     """A sync handler of a web framework runs in a thread, where asyncio.run makes a loop."""
+    gate = Gate()
     async with JobRunner() as runner:
+        await runner.submit(gate.pipeline, 1, job_id="a")
         calls: list[Callable[[], Any]] = [
             lambda: runner.submit(str, 1),
             lambda: runner.run(str, 1),
@@ -2893,6 +2899,8 @@ async def test_another_event_loop_is_told_whose_the_runner_is() -> None:
 
             with pytest.raises(RuntimeError, match=r"another event loop; .*run_coroutine_threadsafe"):
                 await asyncio.get_running_loop().run_in_executor(None, asyncio.run, ask())
+        assert not gate.cancelled
+        gate.open.set()
 
 
 async def test_a_job_that_is_cut_short_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -2512,3 +2512,12 @@ async def test_inputs_that_stand_beside_their_object() -> None:
     async with client_of(app) as client:
         problem = problem_of(await client.post("/processes/double/execution", json={"number": 2}), 400)
     assert [fault["pointer"] for fault in problem["errors"]] == ["/inputs", "/inputs/number"]
+
+
+async def test_links_below_a_part_of_the_path_that_has_a_percent_sign() -> None:
+    app = FastAPI()
+    app.include_router(processes_router({"text": Pipeline([str])}), prefix="/of/{tenant}")
+    async with client_of(app) as client:
+        links = (await client.get("/of/%2541/processes")).json()["processes"][0]["links"]
+        assert links[0]["href"].endswith("/of/%2541/processes/text")
+        assert (await client.get(links[0]["href"])).json()["links"] == links

@@ -14,7 +14,7 @@ from ._process import Process
 __all__ = ["REL", "Links"]
 
 REL = "http://www.opengis.net/def/rel/ogc/1.0/"
-_SAFE = "/~!$&'()*+,;=:@%"
+_SAFE = "/~!$&'()*+,;=:@"
 
 
 def _host(request: Request) -> str:
