@@ -1430,3 +1430,20 @@ class TestOnAServer:
 async def test_a_stream_itself_is_no_content() -> None:
     with pytest.raises(TypeError, match=r"must be an async generator, not Stream; write one with "):
         ClosingStreamingResponse(Pipeline([str]).stream([1]))
+
+
+async def test_a_route_may_name_the_response_as_its_class() -> None:
+    app = FastAPI()
+
+    @app.get("/rows", response_class=ClosingStreamingResponse)
+    async def rows() -> None: ...
+
+    assert "200" in app.openapi()["paths"]["/rows"]["get"]["responses"]
+
+
+async def test_a_response_takes_what_starlettes_own_takes() -> None:
+    async def rows() -> AsyncIterator[str]:
+        yield "row"
+
+    response = ClosingStreamingResponse(rows(), 201, {"x-rows": "1"}, "text/plain")
+    assert (response.status_code, response.headers["x-rows"], response.media_type) == (201, "1", "text/plain")

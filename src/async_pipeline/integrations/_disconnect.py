@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, cast
@@ -12,6 +12,7 @@ from ..events import logger
 
 try:
     from fastapi import HTTPException, Request, WebSocket
+    from starlette.background import BackgroundTask
     from starlette.exceptions import HTTPException as StarletteHTTPException
     from starlette.requests import ClientDisconnect
     from starlette.responses import StreamingResponse
@@ -322,13 +323,20 @@ class ClosingStreamingResponse(StreamingResponse):
     its tasks run until the garbage collector finds it. This response closes it in its own task.
     """
 
-    def __init__(self, content: Any, *args: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        content: Any,
+        status_code: int = 200,  # where FastAPI looks for it
+        headers: Mapping[str, str] | None = None,
+        media_type: str | None = None,
+        background: BackgroundTask | None = None,
+    ) -> None:
         if hasattr(type(content), "__aenter__"):
             raise TypeError(
                 f"content must be an async generator, not {type(content).__name__}; write one with "
                 "'async with pipeline.stream(...) as results: async for result in results: yield ...'"
             )
-        super().__init__(content, *args, **options)
+        super().__init__(content, status_code, headers, media_type, background)
 
     async def stream_response(self, send: Send) -> None:
         try:
