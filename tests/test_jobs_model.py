@@ -206,7 +206,9 @@ class World:
             work.is_refused = True
             raise
         work.accepted = next(self.tick)
-        assert len(self.runner._pending) <= self.max_pending
+        # one of run() that has become a job meanwhile may have taken the place that was free
+        beside = sum(other.is_run for other in self.works.values())
+        assert len(self.runner._pending) <= self.max_pending + beside
         self.see(began, job)
 
     async def run(self, work: Work, wait: float) -> None:
@@ -224,17 +226,21 @@ class World:
 
     async def dismiss(self, job_id: str) -> None:
         began = next(self.tick)
-        for work in self.works.values():  # whoever has the id by the time that it is heard
-            work.may_be_dismissed = True
+        self.expect_dismissal()
         try:
             job = await self.runner.dismiss(job_id)
         finally:
             self.removed.add(job_id)
+            self.expect_dismissal()
         assert job.finished is not None
         if job.status == "dismissed":
             work = self.works[job.pipeline]
             assert work.begun == work.ended
         self.see(began, job)
+
+    def expect_dismissal(self) -> None:
+        for work in self.works.values():  # whoever has the id by the time that it is heard
+            work.may_be_dismissed = True
 
     async def get(self, job_id: str) -> None:
         began = next(self.tick)

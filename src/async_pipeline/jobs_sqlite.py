@@ -15,7 +15,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -57,10 +57,12 @@ _SCHEMA = (
     f"PRAGMA application_id = {_APPLICATION}",
 )
 _SHOWN = "id, pipeline, status, progress, message, created, updated, started, finished, error, result"
-_ADD = f"INSERT INTO jobs ({_SHOWN}, owner) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_NAMES = (*_SHOWN.split(", "), "owner")
+# by name: Python 3.12 takes a numbered placeholder for a named one
+_ADD = f"INSERT INTO jobs ({_SHOWN}, owner) VALUES ({', '.join(f':{name}' for name in _NAMES)})"
 _SAVE = (
-    f"UPDATE jobs SET ({_SHOWN}) = (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11) "
-    "WHERE id = ?1 AND owner = ?12"
+    f"UPDATE jobs SET ({_SHOWN}) = ({', '.join(f':{name}' for name in _NAMES[:-1])}) "
+    "WHERE id = :id AND owner = :owner"
 )
 _ASK = "UPDATE jobs SET asked = 1 WHERE id = ? AND finished IS NULL"
 _REMOVE = "DELETE FROM jobs WHERE id = ?"
@@ -233,7 +235,7 @@ class _Call:
         self.future = future
         self.function = function
         self.statement = statement
-        self.values: Sequence[Any] = ()
+        self.values: Sequence[Any] | Mapping[str, Any] = ()
         self.outcome: Any = None
         self.error: BaseException | None = None
 
@@ -465,9 +467,9 @@ class _Database:
         # look first: an UPDATE waits for those who write even if there is nothing to do
         if self._single("SELECT 1 FROM jobs WHERE finished IS NULL AND owner = ?", owner):
             self._db.execute(
-                "UPDATE jobs SET status = 'failed', error = ?1, updated = max(updated, ?2), "
-                "finished = max(updated, ?2) WHERE finished IS NULL AND owner = ?3",
-                (_encode_failure(_LOST), _microseconds(datetime.now(UTC)), owner),
+                "UPDATE jobs SET status = 'failed', error = :error, updated = max(updated, :now), "
+                "finished = max(updated, :now) WHERE finished IS NULL AND owner = :owner",
+                {"error": _encode_failure(_LOST), "now": _microseconds(datetime.now(UTC)), "owner": owner},
             )
 
     def _fail_own_jobs(self) -> None:
@@ -477,8 +479,8 @@ class _Database:
 
     # -- what a caller asks for
 
-    def values_of(self, job: Job) -> Sequence[Any]:
-        return (
+    def values_of(self, job: Job) -> Mapping[str, Any]:
+        values = (
             job.id,
             job.pipeline,
             job.status,
@@ -492,6 +494,7 @@ class _Database:
             None if job.result is None else _encode_result(job),
             self._owner.name,
         )
+        return dict(zip(_NAMES, values, strict=True))
 
     def get(self, job_id: str) -> Job | None:
         row = self._db.execute(f"SELECT owner, {_SHOWN} FROM jobs WHERE id = ?", (job_id,)).fetchone()
@@ -513,7 +516,10 @@ class _Database:
             last = max(last, surplus)
         elif not self._single("SELECT 1 FROM jobs WHERE finished <= ?", last[0]):
             return  # a DELETE waits for those who write even if there is nothing to do
-        self._db.execute("DELETE FROM jobs WHERE finished <= ?1 AND (finished < ?1 OR number <= ?2)", last)
+        self._db.execute(
+            "DELETE FROM jobs WHERE finished <= :finished AND (finished < :finished OR number <= :number)",
+            {"finished": last[0], "number": last[1]},
+        )
 
     def asked_to_dismiss(self) -> list[str]:
         # as cheap as PRAGMA data_version, thanks to its index
