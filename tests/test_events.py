@@ -228,7 +228,7 @@ class TestEvent:
         assert (last.will_retry, last.delay) == (False, None)
 
         plain = Event("stage_start", 2.0, "00ff", "orders", "a/b", 5, (1, 2))
-        counted = CountedStart(plain, 0)
+        counted = CountedStart(0, "stage_start", 2.0, "00ff", "orders", "a/b", 5, (1, 2))
         assert (counted.elements, counted.outcome, counted.error) == (0, None, None)
         assert repr(counted) == repr(plain)[:-1] + ", elements=0)"
 
@@ -237,7 +237,7 @@ class TestEvent:
             Event("run_start", 1.5, "00ff", "orders", None, None, ()),
             EndEvent("run_end", 1.5, "00ff", "orders", None, None, (), "ok", 1, 0.5, None),
             FailedAttempt(1.5, "00ff", "orders", "a", None, (), attempt=1, error=KeyError(), delay=None),
-            CountedStart(Event("stage_start", 1.5, "00ff", "orders", "a", None, ()), 3),
+            CountedStart(3, "stage_start", 1.5, "00ff", "orders", "a", None, ()),
         ]
         for event in events:
             assert isinstance(event, Event)
@@ -256,7 +256,7 @@ class TestEvent:
     def test_can_be_sent_to_another_process(self) -> None:
         end = EndEvent("stage_end", 2.0, "00ff", "orders", "a", None, (1,), "ok", 1, 0.0, None)
         assert repr(pickle.loads(pickle.dumps(end))) == repr(end)
-        counted = CountedStart(Event("stage_start", 2.0, "00ff", "orders", "a", 1, (1,)), 3)
+        counted = CountedStart(3, "stage_start", 2.0, "00ff", "orders", "a", 1, (1,))
         assert repr(pickle.loads(pickle.dumps(counted))) == repr(counted)
 
 

@@ -118,8 +118,8 @@ class CountedStart(Event):
 
     __slots__ = ("elements",)
 
-    def __init__(self, start: Event, elements: int) -> None:
-        super().__init__(*(getattr(start, name) for name in _COMMON))
+    def __init__(self, elements: int | None, *common: Any) -> None:
+        super().__init__(*common)
         self.elements: int | None = elements
 
 

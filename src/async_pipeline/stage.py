@@ -718,14 +718,12 @@ class RunState:
 
     # the observers are called here, and not by a method of Watch: each call would be 5 % of two events
 
-    def tell_start(self, path: str, now: float, elements: int | None = None) -> None:
+    def tell_start(self, path: str, now: float, make: Callable[..., Event] = Event) -> None:
         raised: BaseException | None = None
         for watch in self.watches:
             observers, _, pipeline, run_id, skip, _ = watch
             stage = path[skip:] if skip else path
-            event = Event("stage_start", now, run_id, pipeline, stage, self.item_index, self.element)
-            if elements is not None:
-                event = CountedStart(event, elements)
+            event = make("stage_start", now, run_id, pipeline, stage, self.item_index, self.element)
             for observer in observers:
                 try:
                     observer(event)
@@ -834,7 +832,10 @@ class WatchedStep:
         path = self._name if state.path is None else f"{state.path}/{self._name}"
         own = state.inside(path)
         started = own.deadline.clock()
-        own.tell_start(path, started, _count(value) if self._has_elements else None)
+        if self._has_elements:
+            own.tell_start(path, started, functools.partial(CountedStart, _count(value)))
+        else:
+            own.tell_start(path, started)
         try:
             output = await self._call(value, context, own)
         except BaseException as error:
