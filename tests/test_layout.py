@@ -23,10 +23,11 @@ PACKAGE = Path(async_pipeline.__file__).parent
 CORE = [
     {"errors", "types", "context", "retry", "events", "outcome", "executor"},
     {"stage"},
-    {"fanout"},
+    {"fanout", "records"},
+    {"engine"},
     {"steps"},
     {"pipeline"},
-    {"text", "jobs", "jobs_sqlite", "journal", "cli"},
+    {"text", "jobs", "jobs_sqlite", "journal", "cli", "_sqlite"},
 ]
 LEVEL = {name: level for level, row in enumerate(CORE) for name in row}
 OUTSIDE = {
@@ -42,7 +43,9 @@ ALLOWED = {
 OPTIONAL = {  # each needs its package
     "telemetry.opentelemetry",
     "telemetry.prometheus",
+    "integrations.dask",
     "integrations.fastapi",
+    "integrations.taskiq",
     "integrations._checks",
     "integrations._descriptions",
     "integrations._disconnect",
@@ -55,7 +58,10 @@ OPTIONAL = {  # each needs its package
     "integrations._schemas",
 }
 STANDARD = sys.stdlib_module_names | {"annotationlib"}  # the latter is new in Python 3.14
-NOT_LOADED_AT_FIRST = {"journal", "jobs", "jobs_sqlite", "cli", "testing"} | OUTSIDE
+NOT_LOADED_AT_FIRST = {
+    *{"engine", "journal", "records", "jobs", "jobs_sqlite", "_sqlite", "cli", "testing"},
+    *OUTSIDE,
+}
 
 
 def module_names() -> list[str]:

@@ -4,13 +4,41 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
+from contextvars import ContextVar
 from types import FunctionType, MethodType
 from typing import Any
 
-__all__ = ["check_arguments", "copier", "get_entry", "set_entry", "wants_context"]
+__all__ = [
+    "check_arguments",
+    "copier",
+    "current_item_key",
+    "get_entry",
+    "item_key",
+    "set_entry",
+    "wants_context",
+]
+
+current_item_key: ContextVar[str | None] = ContextVar("async_pipeline.item_key", default=None)
+"""What :func:`item_key` returns; set around each item of a batch with a journal or an engine."""
 
 _CONTEXT_NAMES = ("context", "ctx")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def item_key() -> str | None:
+    """Return the stable key of the item that runs here, for whatever must not happen twice for one item.
+
+    In a batch with a journal or an engine it is the ``run_id`` and the item's own key, ``"2026-11/17"``: the
+    same in each attempt, after a crash, and on each worker. Both run an item again whose result was not kept
+    before the process died, so give the key to what takes an idempotency key, or look whether it is done:
+
+    >>> async def charge(order):
+    ...     await payments.charge(order["amount"], idempotency_key=item_key())
+
+    Returns:
+        The key, or ``None`` outside such a batch.
+    """
+    return current_item_key.get()
 
 
 def copier(context: object | None) -> Callable[[], Any]:

@@ -15,14 +15,20 @@ __all__ = [
     "DeadlineExceeded",
     "DeadlockError",
     "DuplicateJob",
+    "EngineError",
     "Finish",
     "JobNotFound",
     "JobQueueFull",
     "JobRunnerClosed",
+    "JournalBusy",
+    "JournalError",
+    "JournalMismatch",
     "MissingFieldsError",
     "PipelineError",
+    "RecordedError",
     "StageExecutionError",
     "StageTimeoutError",
+    "WorkerLost",
 ]
 
 
@@ -350,6 +356,74 @@ class JobRunnerClosed(PipelineError):  # noqa: N818
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (), _state(self)
+
+
+class JournalError(PipelineError):
+    """A journal can't be used: its file is damaged, foreign or can't be written, or the disk is full.
+
+    It ends the whole batch: what the journal holds stays there, and the same call resumes it when the reason
+    is gone. The message says what to do.
+    """
+
+
+class JournalBusy(JournalError):  # noqa: N818 - like the names of the other errors that tell a state
+    """Another batch uses the journal's file, in this process or in another one; only one may at a time.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"another batch uses the journal {path!r} at this moment; wait until it has ended, "
+            "or give each batch a file of its own"
+        )
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,), _state(self)
+
+
+class JournalMismatch(JournalError):  # noqa: N818
+    """What a journal holds under this ``run_id`` belongs to other items, or to another pipeline."""
+
+
+class EngineError(PipelineError):
+    """An engine can't run the batch: its broker or its results can't be reached, or no worker answers.
+
+    It ends the whole batch. The message says what to do.
+    """
+
+
+class WorkerLost(PipelineError):  # noqa: N818
+    """The worker that ran an item died, and so did the next one.
+
+    It is the ``original_error`` of the item's :class:`StageExecutionError`. Which stage it was can't be
+    known, so that names the pipeline.
+    """
+
+    def __init__(self, message: str = "each worker that ran it has died") -> None:
+        super().__init__(message)
+
+
+class RecordedError(PipelineError):
+    """An error that was raised in another process, or in an earlier run, and came here as text.
+
+    It stands in for one of a class that is neither Python's own nor this library's: nothing is imported
+    because a text says so.
+
+    Attributes:
+        type: the class that it was of, like ``"shop.api:NotFound"``.
+        message: its text.
+    """
+
+    def __init__(self, type: str, message: str) -> None:  # noqa: A002 - the name of the attribute
+        super().__init__(f"{type}: {message}" if message else type)
+        self.type = type
+        self.message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RecordedError, (self.type, self.message), _state(self)
 
 
 class Finish(BaseException):

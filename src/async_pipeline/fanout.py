@@ -15,13 +15,14 @@ import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Sized
+from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import Context, copy_context
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeAlias, cast
 
 from .context import copier
-from .errors import BatchError, Finish, StageExecutionError, cancelled_in
+from .errors import BatchError, EngineError, Finish, JournalError, StageExecutionError, cancelled_in
 from .events import OnHookError, check_callback, logger, report
 from .outcome import Outcome
 from .retry import check_count, check_seconds
@@ -42,6 +43,7 @@ _UNSET: Any = object()
 _ITEMS_PER_TURN = 128
 _HALF_TURN = 64
 _BUFFER_WITH_SEMAPHORE = 64
+_FATAL = (JournalError, EngineError)  # no item's own
 _GROWTH = 256  # of a batch's list of results
 _PROGRESS_INTERVAL = 0.1  # seconds between two calls of a progress
 
@@ -128,6 +130,9 @@ class FanOut(ABC):
         self._run_numbered: Callable[..., Any] | None = (
             None if run_item is None else partial(run_item, timeout=timeout)
         )
+        # of a step that needs something open around the batch: a journal, or an engine
+        self._scope: AbstractAsyncContextManager[object] = getattr(step, "_scope", None) or nullcontext()
+        self._tell_end: Callable[[int], object] | None = getattr(step, "_source_ended", None)
         self._items = items
         self._semaphore = concurrency if isinstance(concurrency, asyncio.Semaphore) else None
         self._limit = math.inf if isinstance(concurrency, asyncio.Semaphore) else concurrency
@@ -195,6 +200,8 @@ class FanOut(ABC):
 
     def _end(self) -> None:
         self._ended = True
+        if self._tell_end is not None and not self._stopping:
+            self._tell_end(self._pulled)
         _wake(self._idle, len(self._idle))
         _wake(self._parked, len(self._parked))
 
@@ -407,7 +414,7 @@ class FanOut(ABC):
             # a middleware's: raised by the iteration of a stream as it is, it would end it in silence
             failure = StageExecutionError(self._step.name, error)
             failure.__cause__ = error
-        elif isinstance(error, Exception):
+        elif isinstance(error, Exception) and not isinstance(error, _FATAL):
             failure = error
         else:
             return self._die(error)
@@ -476,6 +483,10 @@ class Batch(FanOut):
         self._failures: dict[int, Exception] = {}
 
     async def run(self) -> list[Any]:
+        async with self._scope:
+            return await self._run_all()
+
+    async def _run_all(self) -> list[Any]:
         try:
             async with asyncio.TaskGroup() as group:
                 try:
@@ -579,6 +590,7 @@ class Stream(FanOut, Generic[Out]):
     async def __aenter__(self) -> "Stream[Out]":
         if self._state != "not entered":
             raise RuntimeError("a stream is entered once; call pipeline.stream(...) again")
+        await self._scope.__aenter__()
         group = asyncio.TaskGroup()
         await group.__aenter__()
         self._state = "open"
@@ -597,6 +609,7 @@ class Stream(FanOut, Generic[Out]):
             self._close_source()
             if self._closing_error is not None and error is not None:
                 super()._fail_closing(self._closing_error)
+            await self._scope.__aexit__(None, None, None)
         if isinstance(self._error, (Exception, asyncio.CancelledError)):
             self._error = None  # its turn has not come
         self._end_count()

@@ -58,6 +58,10 @@ from .types import (
     is_awaitable,
 )
 
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .journal import Journal
+
 __all__ = ["Pipeline"]
 
 
@@ -420,6 +424,8 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         return_exceptions: Literal[False] = False,
         timeout: float | None = None,
         progress: Progress | None = None,
+        journal: "Journal | None" = None,
+        engine: "Engine | None" = None,
     ) -> list[Last]: ...
     @overload
     async def map(
@@ -431,6 +437,8 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         return_exceptions: bool,
         timeout: float | None = None,
         progress: Progress | None = None,
+        journal: "Journal | None" = None,
+        engine: "Engine | None" = None,
     ) -> list[Last | Exception]: ...
     async def map(
         self,
@@ -441,6 +449,8 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         return_exceptions: bool = False,
         timeout: float | None = None,
         progress: Progress | None = None,
+        journal: "Journal | None" = None,
+        engine: "Engine | None" = None,
     ) -> list[Last] | list[Last | Exception]:
         """Run every item through the pipeline, side by side, and return the results in input order.
 
@@ -462,14 +472,19 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
             progress: a sync ``(done, failed, total)``, called at most ten times a second while items end, and
                 once at the end, also of a batch that fails: how many items have ended, how many of them
                 failed, and how many there are, or ``None`` if ``items`` has no length. It counts as a hook.
+            journal: a :class:`~async_pipeline.journal.Journal`, a file that keeps what has finished, so that
+                the same call after a crash runs the rest only.
+            engine: an :class:`~async_pipeline.engine.Engine`, workers in other processes, or on other
+                machines, that run the items in chunks. ``concurrency`` is then that inside each chunk.
 
         Raises:
             BatchError: an item failed; carries ``results`` and ``failures`` by item index.
             TypeError, ValueError: ``items`` or ``concurrency`` is wrong.
+            JournalError, EngineError: the journal or the engine can't be used, which cancels the rest.
             Exception: an error of the source is raised as itself, and cancels the rest.
         """
-        bounds = concurrency, context, timeout, progress
-        batch = Batch(self, items, *bounds, return_exceptions=return_exceptions)
+        step, bound = self._carried_by(journal, engine, concurrency, context, timeout)
+        batch = Batch(step, items, bound, context, timeout, progress, return_exceptions=return_exceptions)
         return cast("list[Last]", await batch.run())
 
     def stream(
@@ -482,6 +497,8 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         context: ContextT | None = None,
         timeout: float | None = None,
         progress: Progress | None = None,
+        journal: "Journal | None" = None,
+        engine: "Engine | None" = None,
     ) -> Stream[Last]:
         """Run items through the pipeline like :meth:`map`, and yield the results while others still run.
 
@@ -493,11 +510,12 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         ends the stream; ``results.outcomes()`` goes on instead.
 
         Args:
-            items, concurrency, context, timeout, progress: as for :meth:`map`.
+            items, concurrency, context, timeout, progress, journal, engine: as for :meth:`map`.
             ordered: True (the default) yields in input order, each as soon as it and all before it are
                 ready; False as they finish.
             buffer: how many items are in flight or finished but not yet taken, at most; memory is bounded
-                by it. By default 2 * ``concurrency``, or 64 with a Semaphore.
+                by it. By default 2 * ``concurrency``, or 64 with a Semaphore; with an engine, two times what
+                may be in flight there.
 
         Returns:
             A :class:`~async_pipeline.fanout.Stream`, to be entered with ``async with``.
@@ -505,9 +523,36 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         Raises:
             TypeError, ValueError: an argument is wrong.
             StageExecutionError: by the iteration, for a failed item.
+            JournalError, EngineError: by ``async with``, or by the iteration.
         """
-        bounds = concurrency, context, timeout, progress
-        return Stream(self, items, *bounds, ordered=ordered, buffer=buffer)
+        step, bound = self._carried_by(journal, engine, concurrency, context, timeout)
+        if engine is not None and buffer is not None and buffer < engine.chunk_size:
+            raise ValueError(
+                f"buffer must be at least the engine's chunk_size, {engine.chunk_size}, not {buffer}"
+            )
+        return Stream(step, items, bound, context, timeout, progress, ordered=ordered, buffer=buffer)
+
+    def _carried_by(
+        self,
+        journal: "Journal | None",
+        engine: "Engine | None",
+        concurrency: int | asyncio.Semaphore,
+        context: object,
+        timeout: float | None,
+    ) -> "tuple[Step[First, Last], int | asyncio.Semaphore]":
+        """What runs the items of a batch, and how many of them at a time."""
+        step: Any = self
+        if journal is not None and not hasattr(journal, "around"):
+            raise TypeError(f"journal must be a Journal, not {journal!r}; write journal=Journal('batch.db')")
+        if engine is not None:
+            from .engine import EngineStep
+
+            run_id = None if journal is None else journal.run_id_for(self)
+            step = EngineStep(self, engine, concurrency, context, timeout, run_id)
+            concurrency = step.in_flight
+        if journal is not None:
+            step = journal.around(step, self)
+        return step, concurrency
 
     def replace(self, **options: Any) -> Self:
         """Return a pipeline like this one with other options, ``stages`` or ``name``.
