@@ -21,7 +21,7 @@ PACKAGE = Path(async_pipeline.__file__).parent
 
 # a module may import those of its own row, without a circle, and of the rows above
 CORE = [
-    {"errors", "types", "context", "retry", "events", "outcome", "executor"},
+    {"errors", "types", "context", "retry", "events", "outcome", "executor", "waiting"},
     {"stage"},
     {"fanout", "records"},
     {"engine"},

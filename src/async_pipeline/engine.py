@@ -20,6 +20,7 @@ from .events import CountedStart, EndEvent, Event, FailedAttempt, Watch, fire, l
 from .fanout import Batch, check_concurrency
 from .records import digest_of, dump_error, load_error, read_json, stage_names, write_canonical, write_json
 from .retry import check_count
+from .waiting import until_ended
 
 __all__ = ["Chunk", "Completion", "Engine", "EngineStep", "run_chunk"]
 
@@ -167,6 +168,7 @@ class EngineStep:
         self._pipeline = pipeline
         self._engine = engine
         self._run_id = run_id or engine.run_id or token_hex(8)
+        self._is_keyed = run_id is not None  # by a journal; else a key may be that of a batch around this one
         self._shared = write_canonical(
             {
                 "context": context,
@@ -183,6 +185,7 @@ class EngineStep:
         self._waiting: dict[str, asyncio.Future[Completion]] = {}
         self._carriers: set[asyncio.Task[None]] = set()
         self._fatal: EngineError | None = None
+        self._is_over = False
 
     # -- the life of a batch
 
@@ -199,10 +202,11 @@ class EngineStep:
         try:
             yield
         finally:
+            self._is_over = True
             tasks = {listener, *self._carriers}
             for task in tasks:
                 task.cancel()
-            await _all_ended({*tasks, asyncio.create_task(self._close())})
+            await until_ended(*tasks, asyncio.create_task(self._close()))
 
     async def _close(self) -> None:
         try:
@@ -220,13 +224,13 @@ class EngineStep:
                     if waiter is not None and not waiter.done():
                         waiter.set_result(completion)
             raise EngineError(f"{self._engine!r} yields nothing more, but the batch has not ended")
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Let the whole batch fail: one item is enough for that."""
+        if self._is_over and isinstance(error, asyncio.CancelledError):
+            raise error  # our own; any other one would leave the batch waiting
         self._fatal = _engine_error(error)
         for bucket in self._buckets.values():
             _refuse(bucket.entries, self._fatal)
@@ -250,7 +254,7 @@ class EngineStep:
         if self._fatal is not None:
             raise self._fatal
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
-        key = item_key() or f"{self._run_id}/{index}"
+        key = (item_key() if self._is_keyed else None) or f"{self._run_id}/{index}"
         self._add(index, _Entry(index, key, text, answer))
         return await self._told(await answer, value, context, index)
 
@@ -304,7 +308,7 @@ class EngineStep:
             async with self._window:
                 completion = await self._once(entries, attempt)
             await self._take(entries, completion, attempt)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             self._fail(error)
             _refuse(entries, cast(EngineError, self._fatal))
 
@@ -371,8 +375,10 @@ class EngineStep:
         """Give each item its answer, and return those that are to run again."""
         try:
             reply = read_json(completion.reply or "")
+            if len(reply["values"]) != len(entries):
+                raise ValueError(f"it has {len(reply['values'])} results of {len(entries)}")
             answers = [_parsed(reply, position) for position in range(len(entries))]
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise EngineError(f"{self._engine!r} gave an answer that can't be read: {error!r}") from error
         again = []
         for entry, answer in zip(entries, answers, strict=True):
@@ -406,7 +412,7 @@ def _ascii(text: str) -> str:
     return "".join(char if char.isascii() and (char.isalnum() or char in "-_") else "_" for char in text)
 
 
-def _engine_error(error: Exception) -> EngineError:
+def _engine_error(error: BaseException) -> EngineError:
     if isinstance(error, EngineError):
         return error
     failure = EngineError(f"the engine has failed: {error!r}")
@@ -436,18 +442,6 @@ def _parsed(reply: Mapping[str, Any], position: int) -> _Answer:
         reply.get("seen", {}).get(place, []),
         asyncio.get_running_loop().time() - reply["time"],
     )
-
-
-async def _all_ended(tasks: set["asyncio.Task[Any]"]) -> None:
-    """Wait until all have ended; a cancellation that comes meanwhile is raised then."""
-    cancellation = None
-    while any(not task.done() for task in tasks):
-        try:
-            await asyncio.wait(tasks)
-        except asyncio.CancelledError as error:
-            cancellation = error
-    if cancellation is not None:
-        raise cancellation
 
 
 # -- in the worker

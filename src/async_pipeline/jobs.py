@@ -32,6 +32,7 @@ from .pipeline import Pipeline
 from .retry import check_count, check_seconds
 from .stage import as_step
 from .types import Step, structure_of
+from .waiting import until_ended
 
 __all__ = [
     "Job",
@@ -669,7 +670,7 @@ class JobRunner:
         except BaseException:
             run.is_job = False  # for the store has it not, or not for long
             self._dismiss(run)
-            await _ended(task)
+            await until_ended(task)
             raise
 
     async def get(self, job_id: str) -> Job:
@@ -1062,7 +1063,7 @@ class JobRunner:
                 run.task.cancel()
         closing = self._loop.create_task(self._close())
         try:
-            await _ended(closing)
+            await until_ended(closing)
         except asyncio.CancelledError:
             if (error := closing.exception()) is not None:
                 logger.error("the store could not be closed", exc_info=error)
@@ -1092,21 +1093,6 @@ async def _run_step(run: _Run, context: Any) -> Any:
         return await step.run(run.value, context=context, timeout=run.timeout)
     except Finish as finish:
         return finish.value
-
-
-async def _ended(task: asyncio.Task[Any]) -> None:
-    """Wait until a task has ended; a cancellation that comes meanwhile is raised then."""
-    cancellation = None
-    while not task.done():
-        try:
-            await asyncio.wait((task,))
-        except asyncio.CancelledError as error:
-            cancellation = error
-    try:
-        if cancellation is not None:
-            raise cancellation
-    finally:
-        del cancellation  # its traceback holds this frame
 
 
 def _closed(job: Job) -> dict[str, Any]:

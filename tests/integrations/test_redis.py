@@ -6,7 +6,6 @@ Under the virtual clock an open connection makes the loop wait in real time: for
 
 import asyncio
 import logging
-import os
 import socket
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -20,16 +19,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from async_pipeline import Pipeline, Stage
 from async_pipeline.middlewares.cache import CacheMiddleware
+from tests.integrations.servers import redis_url
 from tests.test_readme import find_blocks
 
 DOCS = Path(__file__).parents[2] / "docs" / "resilience.md"
-REDIS_URL = os.environ.get("REDIS_URL", "")
-
-pytestmark = pytest.mark.skipif(
-    not REDIS_URL,
-    reason="start a Redis: redis-server --port 6379 --save '' "
-    "and name it: export REDIS_URL=redis://127.0.0.1:6379",
-)
+REDIS_URL = redis_url()
 
 
 @pytest.fixture(scope="module")

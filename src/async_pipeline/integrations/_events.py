@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import JobNotFound, JobRunnerClosed
 from ..jobs import Job
+from ..waiting import until_ended
 
 __all__ = ["event_id", "events", "server_is_stopping"]
 
@@ -69,20 +70,11 @@ async def events(
 
 
 async def _end(task: "asyncio.Future[Job | None]") -> None:
-    """Wait until a task has ended, also while this is cancelled in each turn of the loop, as anyio does."""
-    cancellation: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait((task,))
-        except asyncio.CancelledError as error:
-            cancellation = error
-    if not task.cancelled():
-        task.exception()  # which nobody hears of any more
     try:
-        if cancellation is not None:
-            raise cancellation
+        await until_ended(task)
     finally:
-        del cancellation  # its traceback holds this frame
+        if not task.cancelled():
+            task.exception()  # which nobody hears of any more
 
 
 async def _next(changes: AsyncGenerator[Job, None]) -> Job | None:
