@@ -103,6 +103,7 @@ def write_tables(effort: Effort, only: str) -> Iterator[str]:
     yield from _limits(effort, only)
     yield from _events(effort, only)
     yield from _in_fastapi(effort, only)
+    yield from _with_journal(effort, only)
     yield from _neighbours(effort, only)
     yield from _growth(effort, only)
 
@@ -166,6 +167,24 @@ def _in_fastapi(effort: Effort, only: str) -> Iterator[str]:
     micros = {name: micros_per_item(each, len(requests)) for name, each in seconds.items()}
     for title, (ours, against, reach) in in_fastapi.CLOSE_TO_HAND.items():
         yield _line(title, against, f"{micros[ours] - micros[against]:.0f}", f"≤ {reach}")
+    yield ""
+
+
+def _with_journal(effort: Effort, only: str) -> Iterator[str]:
+    if only not in "`map` with a journal":
+        return
+    from . import journal
+
+    yield f"What a journal costs at a concurrency of {journal.CONCURRENCY}, with a handler that does nothing,"
+    yield f"by the time of day ({effort.neighbour_rounds} rounds), and how long the event loop is held up at"
+    yield "the worst:"
+    yield ""
+    yield from _head("work", "µs per item", "reach", "held up, ms", "reach")
+    for case in journal.CASES:
+        cost = journal.costs(case, effort.items * 4, effort.neighbour_rounds)
+        yield _line(
+            case.title, f"{cost.micros:.1f}", f"≤ {case.reach}", f"{cost.held:.1f}", f"≤ {journal.MOST_HELD}"
+        )
     yield ""
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import by_hand, in_fastapi, neighbours, tables, work
+from benchmarks import by_hand, in_fastapi, journal, neighbours, tables, work
 from benchmarks.measure import Ratio, measure, ratio
 from benchmarks.memory import peak_bytes
 from benchmarks.work import Contender
@@ -114,3 +114,10 @@ async def test_each_request_to_fastapi_does_the_same_work() -> None:
 async def test_a_contender_in_fastapi_answers_each_request() -> None:
     assert await in_fastapi.contender("execution")(range(3)) == [200] * 3
     assert await in_fastapi.contender("submit")(range(3)) == [201] * 3
+
+
+@pytest.mark.parametrize("case", journal.CASES, ids=lambda case: case.title)
+def test_the_cost_of_a_journal_is_measured(case: journal.Case) -> None:
+    cost = journal.costs(case, 200, 1)
+    assert cost.micros > 0
+    assert cost.held > 0

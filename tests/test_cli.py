@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import async_pipeline
-from async_pipeline import cli
+from async_pipeline import _sqlite, cli
 
 SOURCE = Path(async_pipeline.__file__).parent.parent
 PATIENCE = 60  # seconds for what takes milliseconds on an idle machine
@@ -564,6 +564,20 @@ def test_a_handler_that_ends_the_process_keeps_what_was_finished(here: Cli) -> N
             "--output and --errors are the same file",
         ),
         (["run", "jobs:same", "--output", "stdin"], "--input and --output are the same file"),
+        (["run", "jobs:same", "--run-id", "x"], "--run-id is of a journal: add --journal FILE"),
+        (["run", "jobs:same", "--no-retry-failed"], "--retry-failed is of a journal: add --journal FILE"),
+        (["run", "jobs:same", "--journal", "-"], "--journal takes a file"),
+        (
+            ["run", "jobs:same", "--journal", ":memory:"],
+            "the journal can't be used: path must be that of a file",
+        ),
+        (["run", "jobs:same", "--journal", "j", "--run-id", ""], "run_id must be a str that is not empty"),
+        (["run", "jobs:same", "--journal", "stdin"], "--input and --journal are the same file"),
+        (
+            ["run", "jobs:same", "--errors", "new", "--journal", "./new"],
+            "--errors and --journal are the same",
+        ),
+        (["journal"], "the following arguments are required: FILE"),
     ],
 )
 def test_wrong_usage_is_one_line_and_touches_nothing(here: Cli, args: list[str], line: str) -> None:
@@ -665,6 +679,7 @@ def test_help_and_version(args: list[str]) -> None:
         assert "run a pipeline over lines of JSON or text" in out
     else:
         options = ["--input", "--output", "--lines", "--errors", "--concurrency", "--unordered"]
+        options += ["--journal", "--run-id", "--retry-failed, --no-retry-failed"]
         assert all(f"  {option}" in out for option in options)
         assert "async-pipeline run crawl:pages" in out
 
@@ -1424,3 +1439,171 @@ def test_memory_is_flat_however_long_the_input_is() -> None:
         assert Path("out").stat().st_size == len(line) * count
         peaks.append(int(done.stderr))
     assert peaks[1] - peaks[0] < 4 * 1024, f"KiB at the two sizes: {peaks}"
+
+
+# -- a journal
+
+
+JOURNALED = """
+from pathlib import Path
+from async_pipeline import Pipeline
+
+class Odd(Exception):
+    pass
+
+def note(x):
+    with open("ran", "a") as file:
+        file.write(f"{x} ")
+    if x == 3 and not Path("mended").exists():
+        raise Odd("three")
+    return [x]
+
+noted = Pipeline([note], name="noted")
+"""
+
+
+def ran() -> str:
+    """What has run since the last call."""
+    path = Path("ran")
+    text = path.read_text() if path.exists() else ""
+    path.unlink(missing_ok=True)
+    return text.strip()
+
+
+def test_with_a_journal_only_the_rest_runs_and_the_output_is_complete(here: Cli) -> None:
+    module(JOURNALED)
+    run = ("run", "other:noted", "--journal", "run.db", "--output", "out")
+    code, _, err = here(*run, stdin=numbers(1, 2, 3))
+    assert (code, ran()) == (1, "1 2 3")
+    assert "item 2: stage 'note': Odd: three" in err
+    assert here(*run, stdin=numbers(1, 2, 3, 4)).code == 1
+    assert ran() == "3 4"
+    Path("mended").touch()
+    assert here(*run, stdin=numbers(1, 2, 3, 4)) == (0, "", "")
+    assert ran() == "3"
+    assert Path("out").read_text() == "[1]\n[2]\n[3]\n[4]\n"
+    assert here(*run, "--run-id", "again", stdin=numbers(1)).code == 0
+    assert ran() == "1"
+
+
+def test_failures_of_a_journal_may_stay_what_they_were(here: Cli) -> None:
+    module(JOURNALED)
+    run = ("run", "other:noted", "--journal", "run.db", "--errors", "errors")
+    assert here(*run, stdin=numbers(1, 3)).code == 1
+    before, _ = Path("errors").read_text(), ran()
+    Path("mended").touch()
+    assert here(*run, "--no-retry-failed", stdin=numbers(1, 3)).code == 1
+    assert ran() == ""
+    assert Path("errors").read_text() == before
+    assert json.loads(before) == {"item": 3, "index": 1, "stage": "note", "message": "Odd: three"}
+    assert here(*run, "--retry-failed", stdin=numbers(1, 3)).code == 0
+    assert ran() == "3"
+
+
+def test_the_words_of_a_recorded_error() -> None:
+    described = [
+        cli._describe(async_pipeline.RecordedError(kind, text))
+        for kind, text in (("shop.api:Shop.NotFound", "no"), ("shop:Gone", ""), ("OSError", "x"))
+    ]
+    assert described == ["NotFound: no", "Gone", "OSError: x"]
+
+
+def test_lines_that_are_no_items_are_not_in_the_journal(here: Cli) -> None:
+    module(JOURNALED)
+    run = ("run", "other:noted", "--journal", "run.db")
+    assert here(*run, stdin="1\n{2\n").code == 1
+    assert here(*run, stdin="1\n2\n").values == [[1], [2]]
+    assert ran() == "1 2"
+
+
+def test_a_line_that_can_not_be_kept_is_a_failed_item(here: Cli) -> None:
+    code, out, err = here("run", "jobs:same", "--journal", "j", stdin="1\n1e999\n2\n")
+    assert (code, out) == (1, "1\n2\n")
+    assert "item 1: line 2 can't be kept in a journal: Out of range float values" in err
+    assert "(item: 1e999)" in err
+
+
+def test_lines_of_text_with_a_journal(here: Cli) -> None:
+    run = ("run", "jobs:same", "--lines", "--journal", "j")
+    for _ in range(2):
+        assert here(*run, stdin="a\n\nb").values == ["a", "", "b"]
+
+
+def test_a_report_with_a_journal(here: Cli) -> None:
+    run = ("run", "jobs:same", "--journal", "j", "--report", "report.html")
+    for _ in range(2):
+        assert here(*run, stdin=numbers(1, 2)).values == [1, 2]
+        assert Path("report.html").exists()
+
+
+def test_items_that_are_not_those_of_the_journal(here: Cli) -> None:
+    run = ("run", "jobs:same", "--journal", "j")
+    assert here(*run, stdin=numbers(1, 2)).code == 0
+    code, out, err = here(*run, stdin=numbers(5, 2))
+    assert (code, out) == (1, "")
+    assert err.startswith("async-pipeline: item 0 is not the one that the journal ")
+    assert err.count("\n") == 1
+
+
+def test_a_journal_that_is_in_use_leaves_the_output_to_who_writes_it(here: Cli) -> None:
+    Path("out").write_text("precious\n")
+    Path("errors").write_text("precious\n")
+    lock = _sqlite.lock_file("j-lock")
+    assert lock is not None
+    files = ("--output", "out", "--errors", "errors")
+    code, out, err = here("run", "jobs:same", "--journal", "j", *files, stdin=numbers(1))
+    _sqlite.remove_locked("j-lock", lock)
+    assert (code, out) == (1, "")
+    assert err.startswith("async-pipeline: another batch uses the journal ")
+    assert err.count("\n") == 1
+    assert Path("out").read_text() == Path("errors").read_text() == "precious\n"
+
+
+def test_ctrl_c_keeps_the_journal() -> None:
+    with Live("run", "jobs:hanging", "--journal", "j") as command:
+        assert command.process.stdin is not None
+        command.process.stdin.write(numbers(0, 1, 2, 3).encode())
+        assert [command.stdout.readline() for _ in range(3)] == [b"0\n", b"1\n", b"2\n"]
+        command.process.send_signal(signal.SIGINT)
+        assert command.finish().code == 130
+    (line,) = shell("journal", "j").out.splitlines()[1:]
+    assert line.split()[:4] == ["pipeline", "pipeline", "3", "0"]
+    assert not Path("j-lock").exists()
+
+
+def test_what_a_journal_knows(here: Cli) -> None:
+    module(JOURNALED)
+    here("run", "other:noted", "--journal", "run.db", stdin=numbers(*range(1200)))
+    here("run", "jobs:same", "--journal", "run.db", "--run-id", "a\x1b[1m longer", stdin=numbers(1))
+    here("run", "jobs:same", "--journal", "run.db", "--run-id", "empty")
+    code, out, err = here("journal", "run.db")
+    assert (code, err) == (0, "")
+    assert re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "<time>", out).splitlines() == [
+        "run_id           pipeline  finished  failed  last change",
+        "noted            noted        1,199       1  <time>",
+        "a\\x1b[1m longer  pipeline         1       0  <time>",
+        "empty            pipeline         0       0  <time>",
+    ]
+    assert here("journal", "run.db", "--errors").values == [
+        {"run_id": "noted", "item": 3, "index": 3, "stage": "note", "message": "Odd: three"}
+    ]
+
+
+def test_many_failures_of_a_journal_and_a_reader_that_leaves(here: Cli) -> None:
+    here("run", "jobs:odds", "--journal", "j", stdin=numbers(*range(4000)))
+    assert [failure["index"] for failure in here("journal", "j", "--errors").values] == [*range(0, 4000, 2)]
+    with Live("journal", "j", "--errors") as command:
+        command.stdout.readline()
+        command.stdout.close()
+        assert command.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--errors",)])
+def test_a_file_that_is_no_journal(here: Cli, options: tuple[str, ...]) -> None:
+    for name, words in (("nowhere", "No such file or directory"), ("jobs.py", "file is not a database")):
+        code, out, err = here("journal", name, *options)
+        assert (code, out) == (1, "")
+        assert words in err
+        assert err.startswith(f"async-pipeline: the journal {name!r} can't be shown: ")
+        assert err.count("\n") == 1
+    assert not Path("nowhere").exists()

@@ -3,19 +3,28 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 import async_pipeline
 from async_pipeline import StageExecutionError
+from examples.spread_over_workers import blocks, count_steps, find_longest
 from examples.stdlib_census import Package, find_files, package_name, pipeline, take_census
+from tests.integrations.servers import redis_url
 
 ROOT = Path(__file__).parents[1]
 CENSUS = ROOT / "examples" / "stdlib_census.py"
+SPREAD = ROOT / "examples" / "spread_over_workers.py"
+LIBRARY = Path(async_pipeline.__file__).parents[1]
 
 pytestmark = pytest.mark.threads
 
@@ -56,11 +65,16 @@ def folder(tmp_path: Path) -> Path:
 
 def run(*arguments: object, text: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run this Python without its site-packages, so that the library and the standard one must do."""
-    library = str(Path(async_pipeline.__file__).parents[1])
+    return run_with_packages("-S", *arguments, text=text, **environment)
+
+
+def run_with_packages(
+    *arguments: object, text: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-S", *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": library, "PYTHONIOENCODING": "utf-8"} | environment,
+        env=os.environ | {"PYTHONPATH": str(LIBRARY), "PYTHONIOENCODING": "utf-8"} | environment,
         input=text,
         capture_output=True,
         encoding="utf-8",
@@ -204,3 +218,77 @@ def test_find_files_leaves_out_what_pip_installed(folder: Path) -> None:
 )
 def test_package_name(path: str, name: str) -> None:
     assert package_name(Path(path)) == name
+
+
+# -- over workers
+
+
+def test_search_in_this_process() -> None:
+    search = run_with_packages(SPREAD, "--below", 10_000, BROKER_URL="")
+    found, by = search.stdout.splitlines()
+    assert found == "below 10,000, 6,171 takes the most steps: 261"
+    assert by.startswith("by 1 worker, in ")
+    assert search.stderr.endswith("10 of 10 blocks\n")
+    assert search.returncode == 0
+
+
+@contextmanager
+def workers(**environment: str) -> Iterator[None]:
+    """Two of taskiq's own workers, for as long as the block runs."""
+    command = [sys.executable, "-m", "taskiq", "worker", "examples.spread_over_workers:broker"]
+    process = subprocess.Popen(
+        [*command, "--workers", "2", "--max-async-tasks", "2", "--max-prefetch", "0"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{LIBRARY}{os.pathsep}{ROOT}"} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a Ctrl-C for the tests is none for them
+    )
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(20)
+
+
+def test_search_over_workers_by_a_client_that_comes_back() -> None:
+    name = f"async-pipeline-test:{uuid.uuid4()}"
+    environment = {"BROKER_URL": redis_url(), "QUEUE": name}
+    command = [SPREAD, "--below", 100_000, "--run-id", name]
+    with Redis.from_url(redis_url()) as redis:
+        try:
+            with workers(**environment):
+                first = run_with_packages(*command, **environment)
+            again = run_with_packages(*command, **environment)  # no worker is left
+        finally:
+            redis.delete(name)
+    for search in (first, again):
+        assert search.stdout.startswith("below 100,000, 77,031 takes the most steps: 350\nby ")
+        assert search.returncode == 0
+
+
+def test_search_without_a_broker() -> None:
+    search = run_with_packages(SPREAD, BROKER_URL="redis://127.0.0.1:1")
+    assert search.stderr.startswith("the workers can't be used: the broker can't be reached: ")
+    assert (search.stdout, search.returncode) == ("", 1)
+
+
+def test_search_among_no_numbers() -> None:
+    search = run_with_packages(SPREAD, "--below", 1, BROKER_URL="")
+    assert "--below must be at least 2" in search.stderr
+    assert (search.stdout, search.returncode) == ("", 2)
+
+
+def test_blocks() -> None:
+    assert blocks(2) == [(1, 2)]
+    assert blocks(5, size=2) == [(1, 3), (3, 5)]
+    assert blocks(6, size=2) == [(1, 3), (3, 5), (5, 6)]
+
+
+def test_longest_of_a_block() -> None:
+    assert [count_steps(number) for number in (1, 2, 3, 27)] == [0, 1, 7, 111]
+    assert find_longest((1, 10)) == (9, 19)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 import async_pipeline
-from async_pipeline import jobs_sqlite
+from async_pipeline import _sqlite, jobs_sqlite
 from async_pipeline.errors import DuplicateJob
 from async_pipeline.jobs import Job, JobFailure, JobRunner, JobStore
 from async_pipeline.jobs_sqlite import SqliteJobStore
@@ -76,7 +76,7 @@ async def crash(store: SqliteJobStore) -> None:
         database = thread_of(store).database
         database._stack.pop_all()
         database._db.close()
-        jobs_sqlite._locked.discard(database._owner._file)
+        _sqlite._locked.discard(database._owner._file)
         os.close(database._owner._file)
 
     await thread_of(store).put(leave)
@@ -139,9 +139,9 @@ def looks_always(monkeypatch: pytest.MonkeyPatch) -> None:
 def nothing_left(path: Path) -> Iterator[None]:
     yield
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("SqliteJobStore")]
-    assert not jobs_sqlite._locked
-    assert jobs_sqlite._files.acquire(blocking=False)
-    jobs_sqlite._files.release()
+    assert not _sqlite._locked
+    assert _sqlite._files.acquire(blocking=False)
+    _sqlite._files.release()
 
 
 # -- against a dict
@@ -659,7 +659,7 @@ class TestLostJobs:
 
         async with opened(path) as store, opened(path) as other:
             await store.add(a_job("a"))
-            monkeypatch.setattr(jobs_sqlite, "_lock", broken)
+            monkeypatch.setattr(_sqlite, "_lock", broken)
             files = len(os.listdir("/dev/fd"))
             assert await other.get("a") == a_job("a")
             assert len(os.listdir("/dev/fd")) == files
@@ -729,7 +729,7 @@ class TestLockFiles:
     async def test_of_a_new_owner_may_be_taken_by_who_removes_them(
         self, path: Path, looks_always: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        lock = jobs_sqlite._lock
+        lock = _sqlite._lock
         turns = iter(["held by who looks", "removed by who looked"])
 
         def late(file: int) -> bool:
@@ -741,7 +741,7 @@ class TestLockFiles:
                     left.unlink()
             return lock(file)
 
-        monkeypatch.setattr(jobs_sqlite, "_lock", late)
+        monkeypatch.setattr(_sqlite, "_lock", late)
         async with opened(path) as store:
             assert os.path.exists(thread_of(store).database._owner._path)
             await store.add(a_job("a"))
@@ -750,14 +750,14 @@ class TestLockFiles:
 
     def test_are_not_freed_by_a_child_that_closes_them(self, path: Path) -> None:
         # a child has what dup() gives: the same lock by another number
-        file = jobs_sqlite._open_locked(str(path), os.O_CREAT)
+        file = _sqlite.open_locked(str(path), os.O_CREAT)
         assert file is not None
         parents = os.dup(file)
-        jobs_sqlite._files.acquire()
-        jobs_sqlite._close_in_child()
+        _sqlite._files.acquire()
+        _sqlite._close_in_child()
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(file)
-        assert jobs_sqlite._open_locked(str(path), 0) is None
+        assert _sqlite.open_locked(str(path), 0) is None
         os.close(parents)
         assert jobs_sqlite._is_lost(str(path))
         assert not path.exists()
@@ -877,7 +877,7 @@ class TestOpening:
         def broken(file: int) -> bool:
             raise OSError(errno.ENOLCK, "No locks available")
 
-        monkeypatch.setattr(jobs_sqlite, "_lock", broken)
+        monkeypatch.setattr(_sqlite, "_lock", broken)
         with pytest.raises(OSError, match=r"No locks available; .* on a local disk"):
             await SqliteJobStore(path).open()
 
@@ -1011,14 +1011,14 @@ class TestOpening:
 
     async def test_is_cancelled(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         begun, go_on = threading.Event(), threading.Event()
-        create = jobs_sqlite._create
+        create = jobs_sqlite.create_file
 
         def slow(path: str) -> None:
             begun.set()
             go_on.wait()
             create(path)
 
-        monkeypatch.setattr(jobs_sqlite, "_create", slow)
+        monkeypatch.setattr(jobs_sqlite, "create_file", slow)
         store = SqliteJobStore(path)
         opening = asyncio.ensure_future(store.open())
         await asyncio.get_running_loop().run_in_executor(None, begun.wait)
@@ -1500,9 +1500,9 @@ os.wait()
         fork = """
 import threading
 import time
-from async_pipeline import jobs_sqlite
+from async_pipeline import _sqlite
 
-lock, inside, forking = jobs_sqlite._lock, threading.Event(), threading.Event()
+lock, inside, forking = _sqlite._lock, threading.Event(), threading.Event()
 os.register_at_fork(before=forking.set)
 
 def slow(file):
@@ -1512,9 +1512,9 @@ def slow(file):
     return lock(file)
 
 def open_and_close():
-    os.close(jobs_sqlite._open_locked(sys.argv[1], os.O_CREAT))
+    os.close(_sqlite.open_locked(sys.argv[1], os.O_CREAT))
 
-jobs_sqlite._lock = slow
+_sqlite._lock = slow
 thread = threading.Thread(target=open_and_close)
 thread.start()
 inside.wait()
@@ -1522,7 +1522,7 @@ if os.fork() == 0:
     sys.stdin.readline()
     os._exit(0)
 thread.join()
-say("held" if jobs_sqlite._open_locked(sys.argv[1], 0) is None else "free")
+say("held" if _sqlite.open_locked(sys.argv[1], 0) is None else "free")
 """
         with process(fork, path) as parent:
             assert line_of(parent) == "free"

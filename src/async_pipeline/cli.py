@@ -1,6 +1,7 @@
 """The command line: ``async-pipeline run MODULE:PIPELINE`` runs a pipeline over lines of a file or a pipe.
 
-``async-pipeline show MODULE:PIPELINE`` draws one instead, and runs nothing of it.
+``async-pipeline show MODULE:PIPELINE`` draws one instead, and runs nothing of it;
+``async-pipeline journal FILE`` tells what the journal of a run knows.
 
 Nothing here waits for a file in a thread, or blocks the event loop while a pipe is slow: input is read
 when it is there, output is written when there is room, so Ctrl-C is heard at once.
@@ -22,14 +23,17 @@ import traceback
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from io import FileIO
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
 
 from . import __version__
-from .errors import StageExecutionError
+from .errors import JournalError, RecordedError, StageExecutionError
 from .fanout import Stream
 from .outcome import Outcome
 from .pipeline import Pipeline
 from .stage import Joinable
+
+if TYPE_CHECKING:
+    from .journal import Journal
 
 __all__ = ["main"]
 
@@ -106,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
     _add_show(commands)
+    _add_journal(commands)
     return parser
 
 
@@ -148,9 +153,16 @@ examples:
     async-pipeline run crawl:pages --input in.jsonl --output out.jsonl \\
         --report run.html --trace run.json
 
+  a run that goes on where it was stopped, by kill -9, too: give the same
+  command again, and only what has not finished is run; the results of the rest
+  come out of the journal, so that the output is complete
+
+    async-pipeline run crawl:pages --input in.jsonl --output out.jsonl \\
+        --journal crawl.db
+
 exit status:
   0    every item succeeded, or the reader of the output went away
-  1    items failed, or the input or output did
+  1    items failed, or the input, the output or the journal did
   2    wrong usage
   130  Ctrl-C; what was finished by then is written
 """
@@ -199,6 +211,21 @@ def _add_run(commands: Any) -> None:
         action="store_true",
         help="write results as they finish, not in input order, so that a slow item holds nothing up",
     )
+    run.add_argument(
+        "--journal",
+        metavar="FILE",
+        help="keep what has finished in FILE, so that the same command after a crash runs the rest only",
+    )
+    run.add_argument(
+        "--run-id",
+        metavar="ID",
+        help="which run of the journal this is, by default the pipeline's name; a new one begins anew",
+    )
+    run.add_argument(
+        "--retry-failed",
+        action=argparse.BooleanOptionalAction,
+        help="whether items that have failed in the journal run again (yes, by default) or fail as they did",
+    )
 
 
 _SHOW = """\
@@ -239,6 +266,53 @@ def _add_show(commands: Any) -> None:
     show.set_defaults(command=_show)
     _add_target(show)
     show.add_argument("--format", choices=_FORMATS, default="tree", help="tree is the default")
+
+
+_JOURNAL = """\
+Show what a journal knows: for each run its run_id, its pipeline, how many items
+have finished and failed, and when it last changed. A run may be using it.
+"""
+
+_JOURNAL_MORE = """\
+examples:
+  how far a run is
+
+    async-pipeline journal crawl.db
+
+  what has failed in it, as JSON Lines
+
+    async-pipeline journal crawl.db --errors
+
+  where a line looks like this
+
+    {"run_id": "pages", "item": "http://x", "index": 3, "stage": "fetch",
+    "message": "OSError: no"}
+
+exit status:
+  0    it was shown, or the reader of the output went away
+  1    there is no such journal, or it can't be read, or the output not written
+  2    wrong usage
+  130  Ctrl-C
+"""
+
+
+def _add_journal(commands: Any) -> None:
+    journal = commands.add_parser(
+        "journal",
+        help="show what a journal knows of its runs, and what has failed",
+        usage="%(prog)s FILE [--errors]",
+        description=_JOURNAL,
+        epilog=_JOURNAL_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    journal.set_defaults(command=_show_journal)
+    journal.add_argument("file", metavar="FILE", help="what was given to 'async-pipeline run --journal'")
+    journal.add_argument(
+        "--errors",
+        action="store_true",
+        help="the items that have failed, as JSON lines with run_id, item, index (from 0), stage and message",
+    )
 
 
 def _add_target(command: argparse.ArgumentParser) -> None:
@@ -516,12 +590,22 @@ def _json_line(value: object) -> bytes:
 class _LineStep:
     """The user's pipeline as a step from a line of input to a line of output."""
 
-    def __init__(self, pipeline: Pipeline[Any, Any], *, is_json: bool) -> None:
-        self.name = pipeline.name
-        self._run = pipeline.run
-        self._parse: Callable[[_Line], Any] = _Line.json if is_json else _Line.text
-        self._run_numbered = pipeline._run_item
+    def __init__(self, step: Any, *, is_json: bool) -> None:
+        self.name: str = step.name
+        self._run = step.run
+        self._read: Callable[[_Line], Any] = _Line.json if is_json else _Line.text
+        self._run_numbered = step._run_item
+        self._scope = getattr(step, "_scope", None)
         self._run_item = None if self._run_numbered is None else self._run_line
+
+    def _parse(self, line: _Line) -> Any:
+        item = self._read(line)
+        if self._scope is not None:
+            try:
+                _ENCODER.encode(item)
+            except Exception as error:  # 1e999, which is read as infinity; it would end the whole batch
+                raise _LineError(f"line {line.number} can't be kept in a journal: {error}") from error
+        return item
 
     async def run(self, line: _Line, /, *, context: Any = None) -> bytes:
         return self._written(await self._run(self._parse(line), context=context))
@@ -538,20 +622,26 @@ class _LineStep:
 
     def failure(self, outcome: Outcome[bytes]) -> dict[str, Any]:
         """Return what the errors file says of a failed item."""
-        error: BaseException | None = outcome.error
-        stage = None
-        if isinstance(error, StageExecutionError):
-            stage, error = error.stage_name, error.original_error
         # read again: the pipeline may have changed the item it was given
         try:
             item = self._parse(outcome.item)
             _json_line(item)
         except Exception:  # no item at all; or 1e999, which is read as infinity
             item = outcome.item.escaped()
-        return {"item": item, "index": outcome.index, "stage": stage, "message": _describe(error)}
+        return _failure(item, outcome.index, outcome.error)
+
+
+def _failure(item: Any, index: int | None, error: BaseException | None) -> dict[str, Any]:
+    stage = None
+    if isinstance(error, StageExecutionError):
+        stage, error = error.stage_name, error.original_error
+    return {"item": item, "index": index, "stage": stage, "message": _describe(error)}
 
 
 def _describe(error: BaseException | None) -> str:
+    if isinstance(error, RecordedError):  # as it was described when it was raised
+        name = re.split("[.:]", error.type)[-1]
+        return f"{name}: {error.message}" if error.message else name
     name = type(error).__name__
     try:
         text = str(error)
@@ -670,6 +760,50 @@ _FORMATS: dict[str, _Format] = {
 }
 
 
+# -- a journal
+
+
+def _show_journal(options: argparse.Namespace) -> int:
+    with contextlib.ExitStack() as stack:
+        writer = _Writer(_open_stdout(stack), "output")
+        lines = _failure_lines if options.errors else _run_lines
+        try:
+            asyncio.run(_write(lines(options.file), writer))
+        except JournalError as error:
+            raise _CommandError(str(error), _FAILED) from None
+    return _OK
+
+
+async def _write(lines: Iterable[bytes], writer: _Writer) -> None:
+    with contextlib.suppress(_ReaderGoneError):
+        for line in lines:
+            writer.add(line)
+            if writer.is_full:
+                await writer.flush()
+        await writer.flush()
+
+
+def _failure_lines(path: str) -> Iterator[bytes]:
+    from .journal import read_failures
+
+    for run_id, position, item, error in read_failures(path):
+        yield _json_line({"run_id": run_id, **_failure(item, position, error)})
+
+
+def _run_lines(path: str) -> Iterator[bytes]:
+    from .journal import read_runs
+
+    rows: list[tuple[str, ...]] = [("run_id", "pipeline", "finished", "failed", "last change")]
+    for run in read_runs(path):
+        changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.changed))
+        names = [_one_line(name, _SHOWN_ITEM) for name in (run.run_id, run.pipeline)]
+        rows.append((*names, f"{run.finished:,}", f"{run.failed:,}", changed))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for run_id, pipeline, finished, failed, changed in rows:
+        about = f"{run_id:{widths[0]}}  {pipeline:{widths[1]}}"
+        yield f"{about}  {finished:>{widths[2]}}  {failed:>{widths[3]}}  {changed}\n".encode()
+
+
 # -- the run
 
 
@@ -683,18 +817,21 @@ def _run(options: argparse.Namespace) -> int:
         if options.errors is not None:
             errors = stack.enter_context(_open_output(options.errors, "errors"))
         pictures = _pictures(options)
+        journal = _journal(options)
         _check_distinct(
             ("--input", source),
             ("--output", output),
             ("--errors", errors),
+            ("--journal", options.journal),
             *((picture.option, picture.path) for picture in pictures),
         )
-        for file in (errors, None if target else output):
-            if file is not None and _is_regular(file):
-                file.truncate(0)
         shown = pipeline.replace(observers=[*pipeline.observers, *(p.recorder for p in pictures)])
+        step = shown if journal is None else journal.around(shown, shown)
+        to_empty = [file for file in (errors, None if target else output) if file and _is_regular(file)]
         try:
-            code = asyncio.run(_Run(options, shown, source, output, errors).run())
+            code = asyncio.run(_Run(options, step, source, output, errors, to_empty).run())
+        except JournalError as error:
+            raise _CommandError(str(error), _FAILED) from None
         finally:
             are_written = [picture.write(pipeline) for picture in pictures]
         return code if all(are_written) else code or _FAILED
@@ -737,6 +874,22 @@ def _pictures(options: argparse.Namespace) -> list[_Picture]:
         trace = TraceRecorder()
         pictures.append(_Picture("--trace", options.trace, trace, lambda path, _: trace.write(path)))
     return pictures
+
+
+def _journal(options: argparse.Namespace) -> "Journal | None":
+    if options.journal is None:
+        for option, value in (("--run-id", options.run_id), ("--retry-failed", options.retry_failed)):
+            if value is not None:
+                raise _CommandError(f"{option} is of a journal: add --journal FILE")
+        return None
+    from .journal import Journal
+
+    if options.journal == "-":
+        raise _CommandError("--journal takes a file")
+    try:
+        return Journal(options.journal, run_id=options.run_id, retry_failed=options.retry_failed is not False)
+    except (TypeError, ValueError) as error:
+        raise _CommandError(f"the journal can't be used: {error}") from None
 
 
 def _open_input(path: str) -> FileIO:
@@ -804,12 +957,14 @@ class _Run:
     def __init__(
         self,
         options: argparse.Namespace,
-        pipeline: Pipeline[Any, Any],
+        step: Any,
         source: FileIO,
         output: FileIO,
         errors: FileIO | None,
+        to_empty: Sequence[FileIO],
     ) -> None:
-        self._step = _LineStep(pipeline, is_json=not options.lines)
+        self._step = _LineStep(step, is_json=not options.lines)
+        self._to_empty = to_empty
         self._output = _Writer(output, "output")
         self._errors = None if errors is None else _Writer(errors, "errors")
         self._summary = _Summary()
@@ -857,6 +1012,8 @@ class _Run:
 
     async def _consume(self) -> None:
         async with self._stream as results:
+            for file in self._to_empty:  # now that the journal is ours: another run may write to them
+                file.truncate(0)
             try:
                 async for outcome in results.outcomes():
                     self._take(outcome)

@@ -504,7 +504,7 @@ class _WorkerStep:
                 value = await self._pipeline.run(value, context=context)
             else:
                 value = await self._pipeline.run(value, context=context, timeout=timeout)
-            return write_json(value, f"the result of item {index}, which is to travel to the client,")
+            return write_json(value, "the result, which is to travel to the client,")
         finally:
             current_item_key.reset(token)
             self._keep(context, index)

@@ -417,7 +417,7 @@ class RecordedError(PipelineError):
         message: its text.
     """
 
-    def __init__(self, type: str, message: str) -> None:  # noqa: A002 - the name of the attribute
+    def __init__(self, type: str, message: str) -> None:
         super().__init__(f"{type}: {message}" if message else type)
         self.type = type
         self.message = message

@@ -137,7 +137,8 @@ class FanOut(ABC):
         self._semaphore = concurrency if isinstance(concurrency, asyncio.Semaphore) else None
         self._limit = math.inf if isinstance(concurrency, asyncio.Semaphore) else concurrency
         if self._semaphore is None and isinstance(items, (list, tuple, range, dict, set, frozenset)):
-            self._limit = min(self._limit, max(1, len(items)))
+            # one worker sees the end even while all others wait for an engine, which waits for it
+            self._limit = min(self._limit, max(1, len(items)) + (self._tell_end is not None))
         self._make_context = copier(context)
         self._until = sys.maxsize  # how many items may be pulled; a stream moves it on as they are taken
         self._turn = _ITEMS_PER_TURN  # how many more items may start in this turn of the loop

@@ -12,8 +12,6 @@ import json
 import os
 import re
 import sqlite3
-import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,7 @@ from functools import partial
 from secrets import token_hex
 from typing import Any
 
+from ._sqlite import create_file, open_locked, remove_locked, use_write_ahead_log
 from .errors import DuplicateJob
 from .jobs import Job, JobFailure
 
@@ -399,7 +398,7 @@ class _Database:
             raise OSError(error.errno, message, error.filename or self._path) from error
 
     def _open(self, stack: ExitStack) -> None:
-        _create(self._path)
+        create_file(self._path)
         self._db = sqlite3.connect(self._path, timeout=_PATIENCE, isolation_level=None)
         stack.callback(self._db.close)
         self._prepare()
@@ -425,20 +424,8 @@ class _Database:
             )
         self._db.execute(f"PRAGMA user_version = {_VERSION}")  # fails at once where nothing may be written
         self._db.execute("COMMIT")
-        if self._use_write_ahead_log() != "wal":
-            raise OSError(errno.ENOTSUP, "SQLite can't share a file there")
+        use_write_ahead_log(self._db, _PATIENCE)
         self._db.execute("PRAGMA synchronous = NORMAL")
-
-    def _use_write_ahead_log(self) -> Any:
-        give_up = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                return self._single("PRAGMA journal_mode = WAL")
-            except sqlite3.OperationalError as error:
-                # SQLite itself does not wait for another process that does the same at this moment
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= give_up:
-                    raise
-            time.sleep(0.01)
 
     def close(self) -> None:
         self._stack.close()
@@ -552,13 +539,6 @@ def _bounded(number: int) -> int:
     return min(number, _MOST)
 
 
-def _create(path: str) -> None:
-    # by hand, because SQLite lets everybody read it. A file that is there is not touched: closing it
-    # would take away the locks that a connection of this process has on it
-    with suppress(FileExistsError), _files:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-
-
 _HINTS = {
     sqlite3.SQLITE_BUSY: (errno.EBUSY, "end the process that keeps it locked"),
     sqlite3.SQLITE_CANTOPEN: (errno.EACCES, "give it a file, not a folder, that may be read and written"),
@@ -629,70 +609,6 @@ def _decode_job(row: Sequence[Any]) -> Job:
 # -- locks, which the system takes from a process that dies
 
 
-if sys.platform == "win32":  # pragma: no cover
-    import msvcrt
-
-    def _lock(file: int) -> bool:
-        try:
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        except PermissionError:
-            return False
-        return True
-else:
-    import fcntl
-
-    def _lock(file: int) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-
-_files = threading.Lock()  # nobody forks while it is held
-_locked: set[int] = set()
-
-
-def _close_in_child() -> None:
-    """Close what is locked, which a lock would outlive its process by otherwise."""
-    for file in _locked:
-        os.close(file)
-    _locked.clear()
-    _files.release()
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(before=_files.acquire, after_in_parent=_files.release, after_in_child=_close_in_child)
-
-
-def _open_locked(path: str, flags: int) -> int | None:
-    """Open a file and lock it; ``None`` if somebody else has the lock."""
-    with _files:
-        file = os.open(path, flags | os.O_RDWR, 0o600)
-        try:
-            is_ours = _lock(file)
-        except OSError:
-            os.close(file)
-            raise
-        if not is_ours:
-            os.close(file)
-            return None
-        _locked.add(file)
-        return file
-
-
-def _remove_locked(path: str, file: int) -> None:
-    """Remove a lock file while it is locked, or it might be another's that has found it free."""
-    with suppress(OSError):
-        os.unlink(path)
-    with _files:
-        _locked.discard(file)
-        os.close(file)
-    if sys.platform == "win32":  # pragma: no cover - where an open file can't be removed
-        with suppress(OSError):
-            os.unlink(path)
-
-
 def _lock_path(path: str, owner: str) -> str:
     return f"{path}-{owner}.lock"
 
@@ -700,14 +616,14 @@ def _lock_path(path: str, owner: str) -> str:
 def _is_lost(path: str) -> bool:
     """Tell whether nobody has this lock any more, and remove its file then."""
     try:
-        file = _open_locked(path, 0)
+        file = open_locked(path, 0)
     except FileNotFoundError:
         return True
     except OSError:  # it can't be known
         return False
     if file is None:
         return False
-    _remove_locked(path, file)
+    remove_locked(path, file)
     return True
 
 
@@ -727,7 +643,7 @@ class _Owner:
         while True:
             self.name = token_hex(8)
             self._path = _lock_path(path, self.name)
-            file = _open_locked(self._path, os.O_CREAT | os.O_EXCL)
+            file = open_locked(self._path, os.O_CREAT | os.O_EXCL)
             if file is None:  # somebody who looks for files that were left was faster
                 continue
             self._file = file
@@ -736,4 +652,4 @@ class _Owner:
             self.close()
 
     def close(self) -> None:
-        _remove_locked(self._path, self._file)
+        remove_locked(self._path, self._file)

@@ -118,9 +118,14 @@ def _arguments_of(error: BaseException) -> list[Any] | None:
         return None
     try:
         args = list(error.__reduce__()[1])  # as pickle does
-        return args if read_json(_WRITER.encode(args)) == args else None
+        return args if read_json(_WRITER.encode(args)) == _listed(args) else None
     except Exception:
         return None
+
+
+def _listed(value: Any) -> Any:
+    """What JSON makes of tuples."""
+    return [_listed(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _known() -> dict[str, type[BaseException]]:

@@ -9,7 +9,7 @@ __all__ = ["until_ended"]
 async def until_ended(*futures: "asyncio.Future[Any]") -> None:
     """Wait until all have ended, whatever becomes of them; a cancellation meanwhile is raised then.
 
-    Until then it can't be cancelled, in whatever turn of the event loop that is tried (anyio does so in each).
+    Until then it can't be cancelled, in whatever turn of the event loop that is tried: anyio does so in each.
     """
     cancellation = None
     while waiting := [future for future in futures if not future.done()]:
