@@ -52,7 +52,9 @@ def make_queue() -> AsyncBroker:
         return PullBasedJetStreamBroker(BROKER_URL, subject=QUEUE, stream_name=QUEUE, durable=QUEUE)
     from taskiq_redis import RedisStreamBroker
 
-    return RedisStreamBroker(BROKER_URL, QUEUE, xread_count=1, unacknowledged_lock_timeout=10)
+    return RedisStreamBroker(
+        BROKER_URL, QUEUE, xread_count=1, consumer_id="0", unacknowledged_lock_timeout=10, maxlen=10_000
+    )
 
 
 broker = make_broker()

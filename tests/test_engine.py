@@ -930,7 +930,7 @@ class TestEnginesThatFail:
     async def test_items_that_still_come_fail_as_well(self) -> None:
         """The source goes on although the engine has failed, as it hides its cancellation."""
         engine: Any = FakeEngine()
-        step = EngineStep(doubling, engine, 5, None, None, None)
+        step = EngineStep(doubling, engine, 5, None, None)
         async with step._opened():
             waiting = asyncio.ensure_future(step._run_item(0, {}, 0, None))
             await asyncio.sleep(0)
@@ -1018,7 +1018,7 @@ class TestArguments:
 
     async def test_the_step_runs_items_only(self) -> None:
         engine: Any = FakeEngine()
-        step = EngineStep(doubling, engine, 5, None, None, None)
+        step = EngineStep(doubling, engine, 5, None, None)
         assert repr(step) == "<EngineStep 'doubling' on <FakeEngine>>"
         assert (step.name, step.in_flight) == ("doubling", 6)
         with pytest.raises(PipelineError, match=r"write pipeline\.map\(items, engine=engine\)"):

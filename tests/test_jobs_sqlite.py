@@ -1011,7 +1011,7 @@ class TestOpening:
 
     async def test_is_cancelled(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         begun, go_on = threading.Event(), threading.Event()
-        create = jobs_sqlite.create_file
+        create = _sqlite.create_file
 
         def slow(path: str) -> None:
             begun.set()

@@ -285,6 +285,16 @@ class TestItemKey:
         assert worker.keys == ["s/A", "s/B"]
         assert item_key() is None
 
+    async def test_without_a_run_id_is_that_of_this_file(self, path: Path) -> None:
+        """Or what was paid last month, from another file, would count as paid."""
+        keys: list[str] = []
+        pipeline = Pipeline([lambda item: keys.append(item_key() or "")], name="batch")
+        for items, file in ([0], path), ([0, 1], path), ([0], path.with_name("other.db")):
+            await pipeline.map(items, journal=Journal(file))
+        first, second, other = keys
+        assert first.removesuffix("0") == second.removesuffix("1") != other.removesuffix("0")
+        assert first.startswith("batch-")
+
     async def test_is_the_same_in_each_attempt(self, path: Path) -> None:
         keys = []
 
@@ -294,8 +304,8 @@ class TestItemKey:
                 raise OSError
             return value
 
-        await Pipeline([Stage("flaky", flaky, retries=2)]).map([1], journal=Journal(path))
-        assert keys == ["pipeline/0"] * 3
+        await Pipeline([Stage("flaky", flaky, retries=2)]).map([1], journal=Journal(path, run_id="r"))
+        assert keys == ["r/0"] * 3
 
     async def test_is_gone_after_the_item(self, path: Path) -> None:
         """Or each worker would be replaced after each item."""
@@ -1013,10 +1023,11 @@ class TestAround:
         log: list[Any] = []
         pipeline = Worker().pipeline
         for items in ([7, 8], [7, 8, 9]):
-            assert await map_step(Journal(path).around(Inner(log), pipeline), items, timeout=5) == items
+            step = Journal(path, run_id="r").around(Inner(log), pipeline)
+            assert await map_step(step, items, timeout=5) == items
         assert log == [
-            *("enter", ("run", 7, 0, 5, "batch/0"), ("run", 8, 1, 5, "batch/1"), "exit"),
-            *("enter", ("skip", 0), ("skip", 1), ("run", 9, 2, 5, "batch/2"), "exit"),
+            *("enter", ("run", 7, 0, 5, "r/0"), ("run", 8, 1, 5, "r/1"), "exit"),
+            *("enter", ("skip", 0), ("skip", 1), ("run", 9, 2, 5, "r/2"), "exit"),
         ]
 
     async def test_one_that_waits_for_the_end_of_the_source(self, path: Path) -> None:
@@ -1144,7 +1155,7 @@ def test_an_engine_gets_what_the_file_does_not_know(
         results = await Pipeline([work], name="batch").map(
             range(count),
             engine=engine,
-            journal=Journal(path, key=str if by_key else None, retry_failed=retry_failed),
+            journal=Journal(path, run_id="r", key=str if by_key else None, retry_failed=retry_failed),
             return_exceptions=True,
         )
         return results, sorted(number for chunk in engine.chunks for number in numbers_of(chunk))
@@ -1157,7 +1168,7 @@ def test_an_engine_gets_what_the_file_does_not_know(
     failed = [item for item in range(count) if item in refused]
     assert sent == (failed if retry_failed else [])
     for item in range(count):
-        good = [item, f"batch/{item}"]
+        good = [item, f"r/{item}"]
         assert first[item] == good if item not in refused else isinstance(first[item], StageExecutionError)
         assert again[item] == good if item not in failed or retry_failed else again[item].item_index == item
 

@@ -29,8 +29,10 @@ def item_key() -> str | None:
     """Return the stable key of the item that runs here, for whatever must not happen twice for one item.
 
     In a batch with a journal or an engine it is the ``run_id`` and the item's own key, ``"2026-11/17"``: the
-    same in each attempt, after a crash, and on each worker. Both run an item again whose result was not kept
-    before the process died, so give the key to what takes an idempotency key, or look whether it is done:
+    same in each attempt, after a crash, and on each worker. (A journal without a ``run_id`` has a name of
+    its own instead, which lasts as long as its file; an engine without one a new name for each batch.)
+    Both run an item again whose result was not kept before the process died, so give the key to what takes
+    an idempotency key, or look whether it is done:
 
     >>> async def charge(order):
     ...     await payments.charge(order["amount"], idempotency_key=item_key())

@@ -136,7 +136,6 @@ class EngineStep:
         concurrency: how many items of a chunk run at a time.
         context: for each item; a dict of JSON values, or ``None``.
         timeout: seconds for each item.
-        run_id: by which a later batch finds what this one has left; by default the engine's, or a new one.
 
     Raises:
         TypeError: an argument can't be used with an engine.
@@ -149,7 +148,6 @@ class EngineStep:
         concurrency: int | asyncio.Semaphore,
         context: object,
         timeout: float | None,
-        run_id: str | None,
     ) -> None:
         for method in ("submit", "completed", "aclose"):
             if isinstance(engine, type) or not callable(getattr(engine, method, None)):
@@ -167,8 +165,8 @@ class EngineStep:
         self.in_flight: int = engine.chunk_size * engine.window
         self._pipeline = pipeline
         self._engine = engine
-        self._run_id = run_id or engine.run_id or token_hex(8)
-        self._is_keyed = run_id is not None  # by a journal; else a key may be that of a batch around this one
+        self._run_id = engine.run_id or token_hex(8)
+        self._is_keyed = False  # by a journal; else a key may be that of a batch around this one
         self._shared = write_canonical(
             {
                 "context": context,
@@ -186,6 +184,11 @@ class EngineStep:
         self._carriers: set[asyncio.Task[None]] = set()
         self._fatal: EngineError | None = None
         self._is_over = False
+
+    def _name_run(self, run_id: str) -> None:
+        """Take the ``run_id``, and the keys of the items, from a journal around this."""
+        self._run_id = run_id
+        self._is_keyed = True
 
     # -- the life of a batch
 

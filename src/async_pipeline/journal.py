@@ -114,7 +114,8 @@ class Journal:
     Args:
         path: the file, created when it does not exist; its folder must.
         run_id: which of the batches in the file this is; the pipeline's name by default. One that is new
-            begins from the start.
+            begins from the start. What :func:`~async_pipeline.item_key` returns begins with it, or by
+            default with a name that no other file has.
         key: a sync ``(item)`` that returns a str or an int, the item's own for ever: an id, a URL. By default
             it is the item's position. Of two items with one key, the later one gets the result of the first
             one, if that has finished by then.
@@ -181,7 +182,8 @@ class Journal:
         }
         batch = _BatchRow(run_id, pipeline.name, fingerprint, self._codec.name)
         file = _File(self._path, batch, self._synchronous)
-        return _JournalStep(step, file, self._key, self._codec, retry_failed=self._retry_failed)
+        own = None if self._run_id is None else run_id
+        return _JournalStep(step, file, own, self._key, self._codec, retry_failed=self._retry_failed)
 
     def __repr__(self) -> str:
         run_id = "" if self._run_id is None else f", run_id={self._run_id!r}"
@@ -211,6 +213,7 @@ class _JournalStep:
         self,
         step: Any,
         file: "_File",
+        run_id: str | None,
         key: Callable[[Any], str | int] | None,
         codec: Codec,
         *,
@@ -220,8 +223,10 @@ class _JournalStep:
         self.run = step.run  # of an item that belongs to no batch
         self.on_hook_error = getattr(step, "on_hook_error", None)
         self._scope = self
-        self._run_id = file.batch.run_id
+        self._run_id = run_id
+        self._prefix = ""  # of the keys that handlers see
         self._run = _numbered(step)
+        self._name_run: Callable[[str], object] | None = getattr(step, "_name_run", None)
         self._skip: Callable[[int], object] | None = getattr(step, "skip", None)
         self._inner = getattr(step, "_scope", None)
         if hasattr(step, "_source_ended"):  # an engine waits for that
@@ -238,6 +243,9 @@ class _JournalStep:
             self._thread = thread = _Thread(self._file)
             stack.push_async_callback(thread.end)
             await thread.begin()
+            self._prefix = self._run_id or self._file.own_name
+            if self._name_run is not None:
+                self._name_run(self._prefix)
             if self._inner is not None:
                 await stack.enter_async_context(self._inner)
             self._stack = stack.pop_all()
@@ -290,7 +298,7 @@ class _JournalStep:
         return result
 
     async def _run_as(self, key: _Key, value: Any, context: Any, index: int, timeout: float | None) -> Any:
-        token = current_item_key.set(f"{self._run_id}/{key}")
+        token = current_item_key.set(f"{self._prefix}/{key}")
         try:
             return await self._run(value, context, index, timeout)
         finally:
@@ -309,7 +317,7 @@ class _JournalStep:
             which = f"item {index}" if self._key is None else f"item {index}, with the key {key!r},"
             raise JournalMismatch(
                 f"{which} is not the one that the journal {self._file.path!r} knows under run_id="
-                f"{self._run_id!r}; for other items take another run_id, "
+                f"{self._file.batch.run_id!r}; for other items take another run_id, "
                 "for items whose order or content changes a key= that tells them apart"
             )
 
@@ -536,6 +544,7 @@ class _File:
         path: its name.
         batch: what it is opened for.
         unmet: how many items it knew when it was opened that have not been looked up since.
+        own_name: what only this batch of this file is called, once it is open.
     """
 
     _db: sqlite3.Connection
@@ -545,6 +554,7 @@ class _File:
         self.path = path
         self.batch = batch
         self.unmet = 0
+        self.own_name = ""
         self._synchronous = synchronous
         self._stack = ExitStack()  # what is open
 
@@ -592,10 +602,12 @@ class _File:
     def _find_batch(self) -> int:
         run_id, pipeline, fingerprint, codec = self.batch
         row = self._db.execute(
-            "SELECT id, fingerprint, codec FROM runs WHERE run_id = ?", (run_id,)
+            "SELECT id, fingerprint, codec, created FROM runs WHERE run_id = ?", (run_id,)
         ).fetchone()
+        created = _now() if row is None else row[3]
+        self.own_name = f"{run_id}-{created:x}"
         if row is None:
-            values = (run_id, pipeline, json.dumps(fingerprint), codec, _now())
+            values = (run_id, pipeline, json.dumps(fingerprint), codec, created)
             added = self._db.execute(
                 "INSERT INTO runs (run_id, pipeline, fingerprint, codec, created) VALUES (?, ?, ?, ?, ?)",
                 values,

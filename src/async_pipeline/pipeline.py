@@ -547,8 +547,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         if engine is not None:
             from .engine import EngineStep
 
-            run_id = None if journal is None else journal.run_id_for(self)
-            step = EngineStep(self, engine, concurrency, context, timeout, run_id)
+            step = EngineStep(self, engine, concurrency, context, timeout)
             concurrency = step.in_flight
         if journal is not None:
             step = journal.around(step, self)

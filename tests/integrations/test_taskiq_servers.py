@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -180,10 +181,10 @@ def test_a_poison_item_alone_fails(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("kind", BROKERS)
 def test_a_worker_is_stopped(kind: str, stop: signal.Signals, tmp_path: Path) -> None:
-    """What it was at is taken up long before its lease of 40 s is over."""
+    """It gives back what it was at, and does not count as dead."""
     if (kind, stop) != ("redis", signal.SIGTERM) and not FULL:
         pytest.skip("one is enough; PROOFS=1 runs it on all brokers")
-    with site_on(kind, tmp_path, CHUNK=50, DELAY=0.2, LEASE=8) as site:
+    with site_on(kind, tmp_path, CHUNK=50, DELAY=0.2, LEASE=4) as site:
         site.give_up += LIMIT
         first = site.workers(1, "--wait-tasks-timeout", "0.1")
         client = site.client(300)
@@ -194,9 +195,10 @@ def test_a_worker_is_stopped(kind: str, stop: signal.Signals, tmp_path: Path) ->
         assert site.result(client) == {"wrong": [], "lost": []}
         assert len(chunks_run_again(site, 50)) <= SLOTS
         with Redis.from_url(site.results) as redis:
-            records = [redis.get(key) or b"" for key in redis.scan_iter(f"{site.queue}:pages*progress")]
-        assert len(records) == 6
-        assert all(b"ended" in record for record in records)
+            keys = redis.scan_iter(f"{site.queue}:pages*progress")
+            records = [pickle.loads(redis.get(key) or b"") for key in keys]
+        assert [record["state"] for record in records] == ["ended"] * 6
+        assert [record["meta"][2] for record in records] == [0] * 6
 
 
 # -- a broker that goes away
@@ -260,10 +262,10 @@ def test_the_broker_goes_away(own_site: tuple[Server, Site]) -> None:
     site.until(lambda: len(site.starts()) > 200)
     server.kill()
     error = site.result(client)["error"]
-    assert "can't be reached: ConnectionError" in error
+    assert "can't be reached: ConnectionError: " in error
 
 
 def test_the_broker_was_never_there(own_site: tuple[Server, Site]) -> None:
     server, site = own_site
     server.kill()
-    assert "can't be reached: ConnectionError" in site.result(site.client(1))["error"]
+    assert "can't be reached: ConnectionError: " in site.result(site.client(1))["error"]

@@ -109,7 +109,7 @@ class DaskEngine:
     async def aclose(self, batch: str) -> None:
         """Cancel what is left of a batch: what waits at the scheduler, and what runs on the workers.
 
-        A worker that does not answer within 5 seconds is left to itself, as are all when the client is closed.
+        A worker that does not answer within 5 seconds is left to itself; all are when the client is closed.
         """
         known = self._batches.pop(batch, _Batch())
         futures = await known.end()

@@ -88,7 +88,7 @@ class TaskiqEngine:
     - ``RedisAsyncResultBackend(url, result_ex_time=86400)`` for each broker: results and leases are deleted a
       day later, not never; so long a client can come back. ``keep_results=False`` is refused.
     - ``taskiq worker ... --max-async-tasks 2 --max-prefetch 0``: how many chunks a process runs at a time; by
-      default one takes up to 100, and leaves none to the others. More than 1 fills the waits of a chunk's end.
+      default one takes up to 100, and leaves none to the others. Of two, one runs while the other is saved.
     - ``--wait-tasks-timeout 20``: a worker that is stopped gives its chunks back after so many seconds, and
       others take them up at once; by default it ends them first, however long that takes.
     - ``AioPikaBroker(url, qos=2)``: as many as ``--max-async-tasks``; what is fetched beyond waits in one
@@ -96,9 +96,9 @@ class TaskiqEngine:
       which is dropped while it runs.
     - ``RedisStreamBroker(url, xread_count=1)``: by default one process fetches 100 chunks at once.
       ``consumer_id="0"``: what was sent before the first worker came, or before Redis was restarted, counts.
-      ``unacknowledged_lock_timeout=10``: by default a worker that is killed while it looks for what was left
-      keeps all others from that, for ever. ``maxlen=10_000``: by default the stream grows for ever; a chunk
-      that is cut off is sent again. ``idle_timeout`` may be short: it need not be longer than a chunk takes.
+      ``unacknowledged_lock_timeout=10``: without it, as taskiq says, a worker that is killed while it looks
+      for what was left may keep all others from that. ``maxlen=10_000``: by default the stream grows for
+      ever; a chunk that is cut off is sent again. ``idle_timeout`` need not be longer than a chunk takes.
     - ``PullBasedJetStreamBroker(url)``: ``pull_consume_batch`` stays 1; ``ack_wait`` of its consumer, 30 s by
       default, need not be longer than a chunk takes.
 
@@ -193,7 +193,7 @@ class TaskiqEngine:
                 await self.broker.startup()
         except Exception as error:
             await self._leave()
-            raise EngineError(f"the broker can't be reached: {error!r}; is it running?") from error
+            raise EngineError(f"the broker can't be reached: {_text(error)}; is it running?") from error
         return self
 
     async def __aexit__(
@@ -303,7 +303,7 @@ class TaskiqEngine:
                 cause = error if isinstance(error, TimeoutError) else error.__cause__ or error
                 if _now() + _PAUSE >= give_up or _is_mistake(cause):
                     hint = "; write 'async with engine:' around it" if _is_mistake(cause) else ""
-                    raise EngineError(f"{whom} can't be reached: {cause!r}{hint}") from error
+                    raise EngineError(f"{whom} can't be reached: {_text(cause)}{hint}") from error
             await asyncio.sleep(_PAUSE)
 
     async def _send(self, sent: "_Sent", *, is_copy: bool = False) -> None:
@@ -698,6 +698,10 @@ def _is_lossy(broker: AsyncBroker) -> bool:
 def _is_same(one: Pipeline[Any, Any], other: Pipeline[Any, Any]) -> bool:
     # pipeline.replace(observers=...) at the client is the same one for the workers
     return one is other or (one.stages == other.stages and one.middlewares == other.middlewares)
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"  # its repr may hide what it says, as those of redis-py do
 
 
 def _is_mistake(error: BaseException) -> bool:
