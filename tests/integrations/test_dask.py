@@ -4,14 +4,14 @@ The client lives in the event loop of each test, the cluster in another thread, 
 """
 
 import asyncio
+import importlib
 import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -558,16 +558,11 @@ class TestArguments:
         with_client(address, body)
 
 
-def test_without_dask_the_extra_is_named() -> None:
-    code = (
-        "import sys; sys.modules['distributed'] = None\n"
-        "try:\n    import async_pipeline.integrations.dask\n"
-        "except ImportError as error:\n    print(error)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.strip() == "Dask support requires installing async-pipeline[dask]"
+def test_without_dask_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    monkeypatch.delitem(sys.modules, module.__name__)
+    with pytest.raises(ImportError, match=r"^Dask support requires installing async-pipeline\[dask\]$"):
+        importlib.import_module(module.__name__)
 
 
 # -- the worker's half, here
@@ -589,6 +584,7 @@ async def test_what_runs_in_a_worker_is_known_by_its_batch(monkeypatch: pytest.M
         shared = {"context": None, "hooks": False, "observers": False, "timeout": None, "concurrency": 1}
         return json.dumps({"shared": shared, "keys": ["k"], "items": [value]})
 
+    monkeypatch.setattr(module, "_ended", deque(maxlen=5))
     pickled = module._pickled(pipeline)
     assert module._loaded(pickled) is module._loaded(pickled)
     monkeypatch.setattr(module, "_loaded", lambda pickled: pipeline)  # the handler writes into this list
@@ -600,6 +596,7 @@ async def test_what_runs_in_a_worker_is_known_by_its_batch(monkeypatch: pytest.M
     module._cancel_running("three")
     module._cancel_running("one")
     assert [await run for run in runs] == ["", ""]
+    assert await module._run_pickled("one", pickled, payload(1)) == ""  # that had been queued there
     assert list(module._running) == ["two"]
     other.cancel()  # as a worker does that closes
     await asyncio.wait({other})

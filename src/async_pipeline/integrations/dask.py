@@ -5,6 +5,7 @@
 """
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import CancelledError as FutureCancelled
 from contextlib import suppress
@@ -202,10 +203,15 @@ def _engine_error(what: str, cause: BaseException) -> EngineError:
 # -- in the worker
 
 _running: dict[str, set["asyncio.Task[str]"]] = {}  # by batch
+_ended: deque[str] = deque(
+    maxlen=64
+)  # batches; a chunk that was queued here may begin before Dask takes it away
 
 
 async def _run_pickled(batch: str, pickled: bytes, payload: str) -> str:
     """Run a chunk; the task that Dask runs."""
+    if batch in _ended:
+        return ""
     task = asyncio.create_task(run_chunk(_loaded(pickled), payload))
     _running.setdefault(batch, set()).add(task)
     try:
@@ -224,5 +230,6 @@ def _loaded(pickled: bytes) -> Any:
 
 
 def _cancel_running(batch: str) -> None:
+    _ended.append(batch)
     for task in _running.get(batch, ()):
         task.cancel()
