@@ -104,6 +104,7 @@ def write_tables(effort: Effort, only: str) -> Iterator[str]:
     yield from _events(effort, only)
     yield from _in_fastapi(effort, only)
     yield from _with_journal(effort, only)
+    yield from _over_workers(effort, only)
     yield from _neighbours(effort, only)
     yield from _growth(effort, only)
 
@@ -185,6 +186,23 @@ def _with_journal(effort: Effort, only: str) -> Iterator[str]:
         yield _line(
             case.title, f"{cost.micros:.1f}", f"≤ {case.reach}", f"{cost.held:.1f}", f"≤ {journal.MOST_HELD}"
         )
+    yield ""
+
+
+def _over_workers(effort: Effort, only: str) -> Iterator[str]:
+    if only not in "`map` with an engine":
+        return
+    from . import engines
+
+    yield "What `map` costs per item with a `TaskiqEngine`, by the time of day, with a handler that does"
+    yield f"nothing ({effort.neighbour_rounds} rounds); with a `REDIS_URL` also over workers:"
+    yield ""
+    yield from _head("`map` with an engine", "items in a chunk", "µs per item", "reach")
+    with engines.cases() as cases:
+        for case in cases:
+            cost = engines.micros(case, effort.items * case.chunk_size // 10, effort.neighbour_rounds)
+            reach = engines.REACH.get((case.title, case.chunk_size))
+            yield _line(case.title, str(case.chunk_size), f"{cost:.1f}", f"≤ {reach}" if reach else "")
     yield ""
 
 

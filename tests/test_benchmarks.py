@@ -4,8 +4,9 @@ import asyncio
 import re
 
 import pytest
+from taskiq import InMemoryBroker
 
-from benchmarks import by_hand, in_fastapi, journal, neighbours, tables, work
+from benchmarks import by_hand, engines, in_fastapi, journal, neighbours, tables, work
 from benchmarks.measure import Ratio, measure, ratio
 from benchmarks.memory import peak_bytes
 from benchmarks.work import Contender
@@ -121,3 +122,8 @@ def test_the_cost_of_a_journal_is_measured(case: journal.Case) -> None:
     cost = journal.costs(case, 200, 1)
     assert cost.micros > 0
     assert cost.held > 0
+
+
+@pytest.mark.parametrize("chunk_size", [1, 10])
+def test_the_cost_of_an_engine_is_measured(chunk_size: int) -> None:
+    assert engines.micros(engines.Case("in memory", InMemoryBroker(), chunk_size), 20, 1) > 0
