@@ -1148,6 +1148,21 @@ async def test_a_beat_that_is_deaf_to_its_cancellation() -> None:
 
 
 @pytest.mark.virtual
+async def test_a_late_beat_does_not_hide_that_a_chunk_was_released() -> None:
+    async with network() as net:
+        worker = net.worker(forever)
+        batch = asyncio.create_task(net.client().map([1]))
+        await asyncio.sleep(9.9)
+        worker.store.deaf = 0.8  # for the beat at 10
+        await asyncio.sleep(0.2)
+        worker.store.deaf = None
+        await worker.stop()
+        assert net.states == ["released"]
+        net.worker(double)
+        assert await batch == [2]
+
+
+@pytest.mark.virtual
 @pytest.mark.parametrize("seconds", [0.5, 30])
 async def test_results_that_are_deaf_to_a_cancellation(seconds: float) -> None:
     async with network() as net:

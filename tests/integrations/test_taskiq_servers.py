@@ -1,6 +1,7 @@
 """``TaskiqEngine`` on real brokers, with workers of taskiq's own command, which are killed.
 
-Workers and clients are processes; each start of an item is a line in a file. ``PROOFS=1`` runs more items.
+Workers and clients are processes; each start of an item is a line in a file. ``PROOFS=1`` runs more
+items, and each proof on each broker.
 """
 
 import asyncio
@@ -128,12 +129,12 @@ def chunks_run_again(site: Site, size: int) -> set[int]:
     return {index // size for index, count in counts.items() if count > 1}
 
 
-@pytest.mark.parametrize("kind", BROKERS)
-@pytest.mark.parametrize("chunk_size", [20, 50])
+@pytest.mark.parametrize(
+    ("kind", "chunk_size"),
+    [("rabbitmq", 20), ("redis", 20), ("nats", 20), ("redis", 50)] + FULL * [("rabbitmq", 50), ("nats", 50)],
+)
 def test_a_worker_is_killed(kind: str, chunk_size: int, tmp_path: Path) -> None:
     """With chunks of 50, all 800 items are in the queue from the start, and nothing is sent afterwards."""
-    if chunk_size == 50 and kind != "redis" and not FULL:
-        pytest.skip("idle streams are a matter of Redis; PROOFS=1 runs it on the others")
     with site_on(kind, tmp_path, CHUNK=chunk_size, DELAY=0.05) as site:
         site.workers(2)
         client = site.client(800)
@@ -166,10 +167,8 @@ def test_the_client_is_killed_three_times(kind: str, tmp_path: Path) -> None:
         assert sorted(index for index, _ in site.starts()) == list(range(items))  # each of them once
 
 
-@pytest.mark.parametrize("kind", BROKERS)
+@pytest.mark.parametrize("kind", ["rabbitmq"] + FULL * ["redis", "nats"])
 def test_a_poison_item_alone_fails(kind: str, tmp_path: Path) -> None:
-    if kind != "rabbitmq" and not FULL:
-        pytest.skip("one broker is enough; PROOFS=1 runs it on all")
     with site_on(kind, tmp_path, CHUNK=20, DELAY=0.01, LEASE=0.6, POISON=222) as site:
         site.give_up += LIMIT
         site.workers(2)
@@ -178,12 +177,10 @@ def test_a_poison_item_alone_fails(kind: str, tmp_path: Path) -> None:
         assert Counter(index for index, _ in site.starts())[222] <= 6
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("kind", BROKERS)
+@pytest.mark.parametrize("stop", [signal.SIGTERM] + FULL * [signal.SIGINT])
+@pytest.mark.parametrize("kind", ["redis"] + FULL * ["rabbitmq", "nats"])
 def test_a_worker_is_stopped(kind: str, stop: signal.Signals, tmp_path: Path) -> None:
     """It gives back what it was at, and does not count as dead."""
-    if (kind, stop) != ("redis", signal.SIGTERM) and not FULL:
-        pytest.skip("one is enough; PROOFS=1 runs it on all brokers")
     with site_on(kind, tmp_path, CHUNK=50, DELAY=0.2, LEASE=4) as site:
         site.give_up += LIMIT
         first = site.workers(1, "--wait-tasks-timeout", "0.1")

@@ -329,7 +329,7 @@ class TaskiqEngine:
     async def _collect(self, state: "_Batch") -> list[Completion]:
         """Return what has ended since the last look."""
         asked = state.to_ask()
-        results = await _all(self._ask(sent.result) for sent in asked)
+        results = await self._ask(lambda backend: _all(sent.result(backend) for sent in asked))
         completions = []
         for sent, result in zip(asked, results, strict=True):
             if result is not None:
@@ -346,7 +346,7 @@ class TaskiqEngine:
             return
         state.next_look = now + self._lease / _BEATS
         waiting = list(state.waiting.values())
-        beats = await _all(self._ask(sent.record) for sent in waiting)
+        beats = await self._ask(lambda backend: _all(sent.record(backend) for sent in waiting))
         for sent, beat in zip(waiting, beats, strict=True):
             if beat is not None and beat != sent.beat:
                 sent.beat, sent.since, sent.copies, state.sign = beat, now, 0, now
