@@ -1,6 +1,7 @@
 """The errors: their messages, and what pickle, copy and ``except*`` leave of them."""
 
 import copy
+import copyreg
 import pickle
 import traceback
 from asyncio import CancelledError
@@ -16,14 +17,20 @@ from async_pipeline.errors import (
     DeadlineExceeded,
     DeadlockError,
     DuplicateJob,
+    EngineError,
     Finish,
     JobNotFound,
     JobQueueFull,
     JobRunnerClosed,
+    JournalBusy,
+    JournalError,
+    JournalMismatch,
     MissingFieldsError,
     PipelineError,
+    RecordedError,
     StageExecutionError,
     StageTimeoutError,
+    WorkerLost,
     behind,
     cancelled_in,
     finish_of,
@@ -60,7 +67,7 @@ ERRORS = [name for name in errors.__all__ if name != "Finish"]
 
 class TestFamily:
     def test_every_public_error_is_a_pipeline_error_or_a_timeout(self) -> None:
-        assert len(ERRORS) == 12
+        assert len(ERRORS) == 18
         for name in ERRORS:
             assert issubclass(getattr(errors, name), (PipelineError, TimeoutError)), name
 
@@ -496,6 +503,13 @@ class TestCancelledIn:
         JobNotFound("a"),
         JobQueueFull(1),
         JobRunnerClosed(),
+        EngineError("down"),
+        JournalBusy("batch.db"),
+        JournalError("full"),
+        JournalMismatch("other items"),
+        RecordedError("shop:NotFound", "no such"),
+        RecordedError("shop:NotFound", ""),
+        WorkerLost(),
         batch_error(1),
         DeadlockError([]),
     ],
@@ -505,6 +519,32 @@ def test_pickles_by_every_protocol(error: Exception, protocol: int) -> None:
     twin = pickle.loads(pickle.dumps(error, protocol))
     assert type(twin) is type(error)
     assert str(twin) == str(error)
+    assert twin.__dict__.keys() == error.__dict__.keys()
+
+
+def test_a_recorded_error_says_what_it_stands_for() -> None:
+    error = RecordedError("shop:NotFound", "no such")
+    assert (error.type, error.message, str(error)) == ("shop:NotFound", "no such", "shop:NotFound: no such")
+    assert str(RecordedError("shop:NotFound", "")) == "shop:NotFound"
+
+
+def test_a_journal_that_is_busy_is_named() -> None:
+    assert copy.copy(JournalBusy("batch.db")).path == "batch.db"
+    assert str(JournalBusy("batch.db")).startswith("another batch uses the journal 'batch.db' at this moment")
+
+
+def test_copies_do_not_depend_on_what_others_teach_copy() -> None:
+    """tblib, which Dask loads, makes copies of exceptions that share their notes."""
+    error = stage_error(attempts=2)
+
+    def refuse(error: Exception) -> Any:
+        raise AssertionError
+
+    copyreg.pickle(StageExecutionError, refuse)
+    try:
+        assert error.within("pages").stage_name == "pages/fetch"
+    finally:
+        del copyreg.dispatch_table[StageExecutionError]
 
 
 def test_an_error_that_cannot_be_shown_is_still_reported() -> None:

@@ -4,7 +4,6 @@ Each is a :class:`PipelineError` or a :class:`TimeoutError`, builds its own mess
 ``pickle`` and ``copy`` with its attributes and its ``__cause__``.
 """
 
-import copy
 from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -127,7 +126,8 @@ class StageExecutionError(PipelineError):
         element: tuple[int, ...],
         copy_part: "Callable[[StageExecutionError], StageExecutionError]",
     ) -> "StageExecutionError":
-        error = copy.copy(self)
+        # not by copy.copy(), of which tblib, which Dask loads, makes one that shares the notes
+        error = _rebuild(type(self), self.args, self.__dict__)
         error.stage_name, error.element = stage_name, element
         error.earlier = tuple(map(copy_part, self.earlier))
         if self._is_joint:
