@@ -1,4 +1,4 @@
-"""What a batch costs per item over taskiq: in memory, and, with a REDIS_URL, over two workers."""
+"""What a batch costs per item with an engine: taskiq in memory, Dask; with a REDIS_URL, taskiq's workers."""
 
 import asyncio
 import os
@@ -6,20 +6,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+from distributed import Client, LocalCluster
 from taskiq import AsyncBroker, InMemoryBroker
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
 from async_pipeline import Pipeline
+from async_pipeline.engine import Engine
+from async_pipeline.integrations.dask import DaskEngine
 from async_pipeline.integrations.taskiq import TaskiqEngine
 
 CHUNK_SIZES = (1, 10, 100)
-REACH = {("Redis Streams, two workers", 100): 80}  # µs per item
+REACH = {("taskiq, Redis Streams, two workers", 100): 80, ("Dask, two workers", 100): 80}  # µs per item
 _QUEUE = "ASYNC_PIPELINE_BENCHMARK_QUEUE"
 _WORKERS = ("--workers", "2", "--max-async-tasks", "2", "--max-prefetch", "0", "--log-level", "ERROR")
 _CONCURRENCY = 50
@@ -29,7 +33,7 @@ class Case(NamedTuple):
     """A way to the workers, and how many items travel together."""
 
     title: str
-    broker: AsyncBroker
+    engine: Callable[[int], AbstractAsyncContextManager[Engine]]
     chunk_size: int
 
 
@@ -53,20 +57,50 @@ broker = _made(os.environ.get("REDIS_URL") if _QUEUE in os.environ else None, os
 TaskiqEngine(broker).register(pipeline)  # what the workers import
 
 
+@asynccontextmanager
+async def over_taskiq(broker: AsyncBroker, chunk_size: int) -> AsyncIterator[Engine]:
+    """Yield an engine on this broker's workers."""
+    engine = TaskiqEngine(broker, chunk_size=chunk_size)
+    engine.register(pipeline)
+    async with engine:
+        yield engine
+
+
+@asynccontextmanager
+async def over_dask(chunk_size: int) -> AsyncIterator[Engine]:
+    """Yield an engine on a cluster of two processes."""
+    make_cluster: Any = LocalCluster
+    connect: Any = Client
+    here = {"host": "127.0.0.1", "dashboard_address": None, "asynchronous": True}
+    async with (
+        make_cluster(n_workers=2, threads_per_worker=1, processes=True, **here) as cluster,
+        connect(cluster, asynchronous=True) as client,
+    ):
+        yield DaskEngine(client, chunk_size=chunk_size)
+
+
 @contextmanager
 def cases() -> Iterator[list[Case]]:
-    """Yield what can be measured here, with workers where there is a Redis."""
-    found = [Case("in memory", broker, size) for size in CHUNK_SIZES]
-    url = os.environ.get("REDIS_URL")
-    if url is None:
-        yield found
-        return
-    queue = f"benchmark-{uuid4().hex}"
-    over_redis = _made(url, queue)
+    """Yield what can be measured here, with taskiq's workers where there is a Redis."""
+    ways: dict[str, Callable[[int], AbstractAsyncContextManager[Engine]]] = {
+        "taskiq, in memory": partial(over_taskiq, broker),
+        "Dask, two workers": over_dask,
+    }
+    with ExitStack() as stack:
+        url = os.environ.get("REDIS_URL")
+        if url is not None:
+            queue = f"benchmark-{uuid4().hex}"
+            ways["taskiq, Redis Streams, two workers"] = partial(over_taskiq, _made(url, queue))
+            stack.enter_context(_workers(queue))
+        yield [Case(title, engine, size) for title, engine in ways.items() for size in CHUNK_SIZES]
+
+
+@contextmanager
+def _workers(queue: str) -> Iterator[None]:
     command = [sys.executable, "-m", "taskiq", "worker", "benchmarks.engines:broker", *_WORKERS]
     workers = subprocess.Popen(command, env={**os.environ, _QUEUE: queue}, start_new_session=True)
     try:
-        yield found + [Case("Redis Streams, two workers", over_redis, size) for size in CHUNK_SIZES]
+        yield
     finally:
         workers.send_signal(signal.SIGINT)
         try:
@@ -77,10 +111,8 @@ def cases() -> Iterator[list[Case]]:
 
 
 async def _batches(case: Case, count: int, rounds: int) -> list[float]:
-    engine = TaskiqEngine(case.broker, chunk_size=case.chunk_size)
-    engine.register(pipeline)
     seconds = []
-    async with engine:
+    async with case.engine(case.chunk_size) as engine:
         for _ in range(rounds + 1):
             started = time.perf_counter()
             results = await pipeline.map(range(count), _CONCURRENCY, engine=engine)

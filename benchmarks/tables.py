@@ -194,13 +194,14 @@ def _over_workers(effort: Effort, only: str) -> Iterator[str]:
         return
     from . import engines
 
-    yield "What `map` costs per item with a `TaskiqEngine`, by the time of day, with a handler that does"
-    yield f"nothing ({effort.neighbour_rounds} rounds); with a `REDIS_URL` also over workers:"
+    yield "What `map` costs per item with an engine, by the time of day, with a handler that does nothing"
+    yield f"({effort.neighbour_rounds} rounds); with a `REDIS_URL` over taskiq's workers, too:"
     yield ""
     yield from _head("`map` with an engine", "items in a chunk", "µs per item", "reach")
     with engines.cases() as cases:
         for case in cases:
-            cost = engines.micros(case, effort.items * case.chunk_size // 10, effort.neighbour_rounds)
+            count = effort.items * (case.chunk_size + 1) // 8
+            cost = engines.micros(case, count, effort.neighbour_rounds)
             reach = engines.REACH.get((case.title, case.chunk_size))
             yield _line(case.title, str(case.chunk_size), f"{cost:.1f}", f"≤ {reach}" if reach else "")
     yield ""

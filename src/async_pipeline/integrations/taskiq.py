@@ -240,9 +240,11 @@ class TaskiqEngine:
                 state.more.clear()
                 await state.more.wait()
                 pause = _SHORTEST
-            found = await self._collect(state)
+            found, is_all = await self._collect(state)
             for completion in found:
                 yield completion
+            if is_all:  # others may have ended as well
+                continue
             await self._supervise(state)
             pause = _SHORTEST if found else min(pause * 1.5, _LONGEST)
             await asyncio.sleep(pause)
@@ -326,8 +328,8 @@ class TaskiqEngine:
 
         await self._insist(kick, "the broker")
 
-    async def _collect(self, state: "_Batch") -> list[Completion]:
-        """Return what has ended since the last look."""
+    async def _collect(self, state: "_Batch") -> tuple[list[Completion], bool]:
+        """Return what has ended since the last look, and whether that is all that was looked for."""
         asked = state.to_ask()
         results = await self._ask(lambda backend: _all(sent.result(backend) for sent in asked))
         completions = []
@@ -337,7 +339,7 @@ class TaskiqEngine:
                 del state.waiting[sent.task_id]
                 state.left -= 1
                 state.sign = _now()
-        return completions
+        return completions, len(completions) == len(asked)
 
     async def _supervise(self, state: "_Batch") -> None:
         """See now and then who lives, and send again what nobody seems to be at."""
