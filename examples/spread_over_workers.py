@@ -6,7 +6,8 @@ It needs ``pip install async-pipeline[taskiq]``. To spread it, there has to be a
 with RabbitMQ (``taskiq-aio-pika``) or NATS JetStream (``taskiq-nats``) as the broker, it keeps the results:
 
     export BROKER_URL=redis://127.0.0.1                            # or amqp://..., nats://... and REDIS_URL
-    taskiq worker examples.spread_over_workers:broker --workers 2 --max-async-tasks 2 --max-prefetch 0 &
+    taskiq worker examples.spread_over_workers:broker --workers 2 --max-async-tasks 2 --max-prefetch 0 \\
+        --wait-tasks-timeout 20 &
     python examples/spread_over_workers.py --below 1000000 --run-id today
 
 Kill a worker meanwhile, and the batch ends all the same. Kill the client, and start it again with the same

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from math import nan
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ from async_pipeline import (
     parallel,
 )
 from async_pipeline.engine import Chunk, Completion, EngineStep, run_chunk
+from async_pipeline.journal import Journal
 from tests.helpers import Source, run_virtually
 
 variable: ContextVar[str] = ContextVar("variable", default="unset")
@@ -1338,3 +1340,26 @@ def test_an_iterator_is_enough(recwarn: pytest.WarningsRecorder) -> None:
             return completion
 
     assert run_virtually(doubling.map(range(5), engine=Plain())) == [0, 2, 4, 6, 8]
+
+
+class TestKeysOfAJournal:
+    async def test_two_items_of_one_key_are_told_apart_by_observers(self, tmp_path: Path) -> None:
+        seen: list[Any] = []
+        pipeline = doubling.replace(observers=[seen.append])
+        journal = Journal(tmp_path / "batch.db", key=str)
+        await pipeline.map([7, 8, 7], engine=FakeEngine(chunk_size=3), journal=journal)
+        assert [event.item_index for event in seen if event.kind == "run_start"] == [0, 1, 2]
+
+
+async def test_pipelines_of_other_names_have_other_chunks() -> None:
+    names = set()
+    for name in ("a", "b"):
+        engine = FakeEngine(run_id="r")
+        await Pipeline([double], name=name).map([1], engine=engine)
+        names.add(engine.chunks[0].id)
+    assert len(names) == 2
+
+
+async def test_a_context_has_texts_as_keys() -> None:
+    with pytest.raises(TypeError, match="context must be a dict of JSON values"):
+        await doubling.map([1], context={1: "a"}, engine=FakeEngine())

@@ -11,7 +11,7 @@ import sqlite3
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -971,7 +971,10 @@ class TestGroups:
         file.open()
         many: list[Any] = [(number, number, b"", 1, "1", None, 0) for number in range(200)]
         answer = file.run([3], many)
-        assert "disk I/O error; look at the disk; what has finished stays" in str(answer.save_error)
+        assert (
+            "disk I/O error; look at the disk, and at limits of a file's size; what has finished stays"
+            in str(answer.save_error)
+        )
         assert (answer.found, answer.find_error) == ({}, None)
         assert file.run([3, 4], many[3:4]) == ({3: (b"", 1, "1")}, None, None)
         file.close()
@@ -1407,3 +1410,110 @@ def test_crashes(
             assert {run.finished for run in read_runs(str(folder / "batch.db"))} == {
                 count - len({*failing} & {*range(count)})
             }
+
+
+class TestHostile:
+    """What a user, another program or the system may do to it."""
+
+    async def test_the_class_in_place_of_a_journal(self) -> None:
+        wrong: Any = Journal
+        with pytest.raises(TypeError, match=r"write journal=Journal\('batch.db'\)"):
+            await Pipeline([str]).map([1], journal=wrong)
+
+    @pytest.mark.parametrize("run_id", ["\udcff", "a\ud800"])
+    async def test_a_run_id_that_is_no_text(self, path: Path, run_id: str) -> None:
+        with pytest.raises(JournalError, match="its path and its run_id must be text"):
+            await Pipeline([str]).map([1], journal=Journal(path, run_id=run_id))
+        assert await Pipeline([str]).map([1], journal=Journal(path, run_id="a")) == ["1"]
+
+    async def test_a_path_with_a_zero_byte(self) -> None:
+        with pytest.raises(JournalError, match="its path and its run_id must be text"):
+            await Pipeline([str]).map([1], journal=Journal("a\0b"))
+
+    def test_codecs_of_what_can_not_be_called(self, path: Path) -> None:
+        for functions in ((None, str), (str, None)):
+            with pytest.raises(TypeError, match="codec must have functions to encode and decode"):
+                Journal(path, codec=Codec("odd", *functions))
+
+    async def test_true_is_no_key(self, path: Path) -> None:
+        with pytest.raises(JournalError, match=r"key= must return a str or an int .* type bool"):
+            await Pipeline([str]).map([1], journal=Journal(path, key=bool))
+
+    async def test_a_file_that_is_no_lock_is_left_alone(self, path: Path) -> None:
+        other = path.with_name(path.name + "-lock")
+        other.write_text("precious")
+        with pytest.raises(JournalError, match="is there already, and is no lock file"):
+            await Pipeline([str]).map([1], journal=Journal(path))
+        assert other.read_text() == "precious"
+        other.unlink()
+
+    async def test_a_lock_that_was_removed_by_hand_does_not_take_the_next_one_along(self, path: Path) -> None:
+        lock = path.with_name(path.name + "-lock")
+
+        async def steal(item: int) -> int:
+            lock.unlink()
+            lock.touch()  # of somebody who came meanwhile
+            return item
+
+        await Pipeline([steal]).map([1], journal=Journal(path))
+        lock.unlink()
+
+    @pytest.mark.parametrize("is_replaced", [False, True])
+    async def test_a_file_that_is_removed_meanwhile(self, path: Path, is_replaced: bool) -> None:
+        async def remove(item: int) -> int:
+            if item == 2:
+                path.unlink()
+                if is_replaced:
+                    path.touch()
+            return item
+
+        with pytest.raises(JournalError, match="was removed or replaced while it was in use"):
+            await Pipeline([remove]).map(range(5), 1, journal=Journal(path))
+        for left in path.parent.glob("batch.db*"):
+            left.unlink()
+
+    async def test_rows_that_are_damaged(self, path: Path) -> None:
+        def fail(item: int) -> int:
+            raise ValueError
+
+        await Pipeline([fail]).map([1], journal=Journal(path), return_exceptions=True)
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("UPDATE items SET value = '{'")
+            db.execute("UPDATE runs SET fingerprint = '{'")
+            db.commit()
+        with pytest.raises(JournalError, match="no journal, or damaged"):
+            list(read_failures(str(path)))
+        with pytest.raises(JournalError, match="no journal, or damaged"):
+            await Pipeline([fail]).map([1], journal=Journal(path))
+
+    async def test_a_name_that_is_no_text(self, path: Path) -> None:
+        odd = os.fsdecode(os.fsencode(path) + b"\xff")
+        await Pipeline([str], name="p").map([1], journal=Journal(odd))
+        assert [(run.run_id, run.finished) for run in read_runs(odd)] == [("p", 1)]
+
+    async def test_an_interrupt_that_breaks_the_chain_of_calls(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was to be written is written, and nobody waits for who will not come."""
+        step = Journal(path, run_id="r").around(Pipeline([str]), Pipeline([str]))
+        async with step:
+            monkeypatch.setattr(step._thread, "_call", lambda: None)
+            row = (0, 0, b"", 1, "1", None, 0)
+            step._thread.save(row)
+        assert [run.finished for run in read_runs(str(path))] == [1]
+
+    async def test_a_result_whose_bytes_are_too_many(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(journal, "_LARGEST", 10)
+        text = Codec("text", str, str)
+        results: list[Any] = await Pipeline([lambda item: item]).map(
+            ["\xe9" * 5, "\xe9" * 6], journal=Journal(path, codec=text), return_exceptions=True
+        )
+        assert results[0] == "\xe9" * 5
+        assert "larger than 10 bytes" in str(results[1])
+
+    def test_one_that_can_not_be_written_is_shown_from_a_copy(self) -> None:
+        error = sqlite3.OperationalError("attempt to write a readonly database")
+        error.sqlite_errorcode = sqlite3.SQLITE_READONLY
+        assert "copy it to a folder that may be written" in str(journal._explained(error, "a", "shown"))

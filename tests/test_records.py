@@ -294,3 +294,33 @@ class TestErrors:
         assert loaded.message == "several"
         assert repr(loaded.exceptions[0]) == "ValueError(1)"
         assert repr(loaded.exceptions[1].exceptions) == "(KeyError(2),)"
+
+
+class TestErrorsThatResist:
+    def test_notes_that_are_none(self) -> None:
+        class OddError(Exception):
+            __notes__ = 5  # type: ignore[assignment]
+
+        assert dump_error(OddError("odd")) == {"type": type_of(OddError), "message": "odd"}
+
+    def test_an_attribute_that_raises(self) -> None:
+        class BrokenError(Exception):
+            @property
+            def __notes__(self) -> list[str]:  # type: ignore[override]
+                raise RuntimeError
+
+        assert str(load_error(dump_error(BrokenError("broken")))) == f"{type_of(BrokenError)}: broken"
+
+    def test_one_inside_many_groups_arrives_as_text(self) -> None:
+        error: Exception = ValueError("inside")
+        for _ in range(900):
+            error = ExceptionGroup("group", [error])
+        loaded, depth = load_error(json.loads(json.dumps(dump_error(error)))), 0
+        while isinstance(loaded, ExceptionGroup):
+            loaded, depth = loaded.exceptions[0], depth + 1
+        assert depth == 50
+        assert isinstance(loaded, RecordedError)
+
+
+def type_of(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"

@@ -101,7 +101,8 @@ def open_locked(path: str, flags: int) -> int | None:
 def remove_locked(path: str, file: int) -> None:
     """Remove a lock file while it is locked, or it might be another's that has found it free."""
     with suppress(OSError):
-        os.unlink(path)
+        if _is_at(path, file):  # or else somebody has removed ours, and this one is another's
+            os.unlink(path)
     _close_locked(file)
     if sys.platform == "win32":  # pragma: no cover - where an open file can't be removed
         with suppress(OSError):
@@ -118,9 +119,15 @@ def lock_file(path: str) -> int | None:
     """Create and lock a file that is there while somebody has the lock; ``None`` if somebody else has it.
 
     It is given back by :func:`remove_locked`.
+
+    Raises:
+        OSError: it can't be created, or there is a file of that name with something in it.
     """
     while True:
         file = open_locked(path, os.O_CREAT)
+        if file is not None and os.fstat(file).st_size:
+            _close_locked(file)
+            raise OSError(errno.EEXIST, f"{path!r} is there already, and is no lock file")
         if file is None or _is_at(path, file):
             return file
         _close_locked(file)  # who had it has removed it meanwhile

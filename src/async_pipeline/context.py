@@ -32,7 +32,8 @@ def item_key() -> str | None:
     same in each attempt, after a crash, and on each worker. (A journal without a ``run_id`` has a name of
     its own instead, which lasts as long as its file; an engine without one a new name for each batch.)
     Both run an item again whose result was not kept before the process died, so give the key to what takes
-    an idempotency key, or look whether it is done:
+    an idempotency key, or look whether it is done. It is the item's: where one item does several such things,
+    in two stages or for each of its elements, add what tells them apart.
 
     >>> async def charge(order):
     ...     await payments.charge(order["amount"], idempotency_key=item_key())

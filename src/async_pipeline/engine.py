@@ -9,6 +9,7 @@ workers' half is :func:`run_chunk`. What lies between them is an :class:`Engine`
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, MutableMapping
 from contextlib import aclosing, asynccontextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from secrets import token_hex
@@ -31,7 +32,8 @@ class Chunk:
 
     Attributes:
         batch: the call of ``map`` or ``stream`` that it belongs to; another one for each call.
-        id: what it is called, ASCII; the same when another call has the same ``run_id``, pipeline and items.
+        id: what it is called, ASCII; the same when another call has the same ``run_id``, names of pipeline
+            and stages, context and items.
         pipeline: the pipeline, as the client has it.
         payload: JSON text for :func:`run_chunk`.
         size: how many items it has.
@@ -151,7 +153,10 @@ class EngineStep:
     ) -> None:
         for method in ("submit", "completed", "aclose"):
             if isinstance(engine, type) or not callable(getattr(engine, method, None)):
-                raise TypeError(f"engine must be an Engine with submit, completed and aclose, not {engine!r}")
+                raise TypeError(
+                    f"engine must be an Engine with submit, completed and aclose, not {engine!r}; "
+                    "write engine=TaskiqEngine(broker), or engine=DaskEngine(client)"
+                )
         check_concurrency(concurrency)
         if isinstance(concurrency, asyncio.Semaphore):
             raise TypeError(
@@ -159,7 +164,8 @@ class EngineStep:
             )
         check_count("chunk_size", engine.chunk_size, least=1, message="chunk_size must be at least 1")
         check_count("window", engine.window, least=1, message="window must be at least 1")
-        if context is not None and type(context) is not dict:
+        is_fit = context is None or (type(context) is dict and all(type(key) is str for key in context))
+        if not is_fit:
             raise TypeError(f"context must be a dict of JSON values with an engine, not {context!r}")
         self.name: str = pipeline.name
         self.in_flight: int = engine.chunk_size * engine.window
@@ -177,7 +183,7 @@ class EngineStep:
             },
             "with an engine, the context",
         )
-        self._about = write_canonical([stage_names(pipeline), context], "the context")
+        self._about = write_canonical([pipeline.name, stage_names(pipeline), context], "the context")
         self._total: int | None = None  # how many items there are, once that is known
         self._buckets: dict[int, _Bucket] = {}
         self._waiting: dict[str, asyncio.Future[Completion]] = {}
@@ -477,6 +483,9 @@ async def run_chunk(pipeline: Any, payload: str) -> str:
     return step.reply(await batch.run())
 
 
+_position: ContextVar[int] = ContextVar("position")  # in its chunk, of the item that runs; keys may be equal
+
+
 class _WorkerStep:
     """A pipeline in a worker, from an item to the text of its result; it notes what the client is to know."""
 
@@ -492,13 +501,12 @@ class _WorkerStep:
         if shared["observers"]:
             options["observers"] = [self._observe]
         self._pipeline = pipeline.replace(**options)
-        self._positions = {key: str(position) for position, key in enumerate(keys)}
 
     async def run(self, value: Any, /, *, context: Any = None) -> str:
         raise NotImplementedError  # pragma: no cover - an item has an index
 
     async def _run_item(self, value: Any, context: Any, index: int, timeout: float | None) -> str:
-        token = current_item_key.set(self._keys[index])
+        token, place = current_item_key.set(self._keys[index]), _position.set(index)
         try:
             numbered = self._pipeline._run_item
             if numbered is not None:
@@ -509,6 +517,7 @@ class _WorkerStep:
                 value = await self._pipeline.run(value, context=context, timeout=timeout)
             return write_json(value, "the result, which is to travel to the client,")
         finally:
+            _position.reset(place)
             current_item_key.reset(token)
             self._keep(context, index)
 
@@ -536,7 +545,7 @@ class _WorkerStep:
         return f"{{{','.join(parts)}}}"
 
     def _note(self, *about: Any) -> None:
-        self._seen.setdefault(self._positions[cast(str, item_key())], []).append(about)
+        self._seen.setdefault(str(_position.get()), []).append(about)
 
     def _before(self, name: str, value: Any, context: Any) -> None:
         self._note("before", name, _data(value))

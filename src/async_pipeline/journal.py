@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, closing
 from functools import partial
+from secrets import token_hex
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -45,6 +46,7 @@ _SCHEMA = (
     pipeline TEXT NOT NULL,
     fingerprint TEXT NOT NULL,           -- JSON
     codec TEXT NOT NULL,
+    token TEXT NOT NULL,                 -- what no other batch has
     created INTEGER NOT NULL             -- microseconds since 1970, as is the other time
 )""",
     """CREATE TABLE items (
@@ -107,7 +109,7 @@ class Journal:
     ``map`` returns is what the file holds, also of an item that has just run: with JSON a tuple is a list.
 
     A power failure may take the last moments with it, but what is there is whole; ``synchronous="FULL"``
-    makes each result wait for the disk. The file can be read by its user only. It needs a local disk, and
+    makes each result wait for the disk. The file is created for its user only. It needs a local disk, and
     one batch at a time may use it: ``FILE-lock`` beside it is how others see that. A Journal may be used
     again, for the next batch.
 
@@ -116,9 +118,10 @@ class Journal:
         run_id: which of the batches in the file this is; the pipeline's name by default. One that is new
             begins from the start. What :func:`~async_pipeline.item_key` returns begins with it, or by
             default with a name that no other file has.
-        key: a sync ``(item)`` that returns a str or an int, the item's own for ever: an id, a URL. By default
-            it is the item's position. Of two items with one key, the later one gets the result of the first
-            one, if that has finished by then.
+        key: a sync ``(item)`` that returns a str or an int (which counts as its decimal digits), the item's
+            own for ever: an id, a URL. By default it is the item's position. Of two items with one key, the
+            later one gets the result of the first one, if that has finished by then, or with
+            ``retry_failed=False`` its failure.
         version: of what the handlers do, a str or an int; raise it when they change in a way that makes old
             results wrong. It is compared, as are the names of the stages.
         codec: how results are kept. ``"json"``; ``"pickle"``, for whatever can be pickled, but reading such
@@ -192,6 +195,8 @@ class Journal:
 
 def _codec_of(codec: object) -> Codec:
     if isinstance(codec, Codec):
+        if not (callable(codec.encode) and callable(codec.decode)):
+            raise TypeError(f"codec must have functions to encode and decode, not {codec!r}")
         if codec.name in _CODECS and codec is not _CODECS[codec.name]:
             raise ValueError(f"codec: {codec.name!r} is the name of a built-in one, choose another")
         return codec
@@ -315,18 +320,21 @@ class _JournalStep:
     def _compare(self, known: bytes, digest: bytes, key: _Key, index: int) -> None:
         if known and digest and known != digest:
             which = f"item {index}" if self._key is None else f"item {index}, with the key {key!r},"
+            hint = "for items whose order changes a key= that tells them apart"
+            if self._key is not None:
+                hint = "for content that changes a key= that tells it apart, or leave it out of the items"
             raise JournalMismatch(
                 f"{which} is not the one that the journal {self._file.path!r} knows under run_id="
-                f"{self._file.batch.run_id!r}; for other items take another run_id, "
-                "for items whose order or content changes a key= that tells them apart"
+                f"{self._file.batch.run_id!r}; for other items take another run_id, {hint}"
             )
 
     def _encode(self, result: Any) -> tuple[_Data, Any]:
         """Return what is to be written, and what will be read from it."""
         try:
             data = self._codec.encode(result)
+            size = 0
             if isinstance(data, str) and not data.isascii():
-                data.encode()  # half a surrogate pair can't be written
+                size = len(data.encode())  # half a surrogate pair can't be written
         except Exception as error:
             raise self._unfit("kept", error) from error
         if not isinstance(data, (str, bytes)):
@@ -334,7 +342,7 @@ class _JournalStep:
                 f"encode of the codec {self._codec.name!r} must return bytes or a str, "
                 f"not {type(data).__name__}"
             )
-        if len(data) > _LARGEST:
+        if max(size, len(data)) > _LARGEST:
             raise self._unfit("kept", ValueError(f"it is larger than {_LARGEST:,} bytes"))
         return data, self._decode(data)
 
@@ -386,7 +394,7 @@ def _canonical_if_any(item: object) -> str | None:
 def _own_key(make: Callable[[Any], object], item: object, index: int) -> str:
     try:
         key = make(item)
-        if not isinstance(key, (str, int)):
+        if not isinstance(key, (str, int)) or isinstance(key, bool):
             raise TypeError(f"it is of the type {type(key).__name__}")
         text = str(key)
         text.encode()
@@ -415,7 +423,7 @@ class _Thread:
         self._finds: list[tuple[_Key, asyncio.Future[_Found | None]]] = []
         self._saves: list[tuple[_Row, asyncio.Future[None]]] = []
         self._is_called = False  # whether _start is on its way, or the thread works
-        self._idle: asyncio.Future[None] | None = None  # who waits for the end
+        self._group: asyncio.Future[_Answer] | None = None  # what the thread does
 
     async def begin(self) -> None:
         """Open the file; a cancellation waits until that has ended."""
@@ -424,9 +432,12 @@ class _Thread:
     async def end(self) -> None:
         """Do what was asked for, and close the file; a cancellation waits until the thread is gone."""
         try:
-            if self._is_called:
-                self._idle = self._loop.create_future()
-                await _to_its_end(self._idle)
+            # not by waiting for _start: a KeyboardInterrupt may have broken the chain of calls
+            if self._group is not None:
+                await _to_its_end(self._group)
+            if self._saves:
+                saves, self._saves = self._saves, []
+                await _to_its_end(self._do(self._file.run, [], [row for row, _ in saves]))
         finally:
             try:
                 await _to_its_end(self._do(self._file.close))
@@ -465,11 +476,10 @@ class _Thread:
         saves, self._saves = self._saves, []
         if finds or saves:
             keys, rows = [key for key, _ in finds], [row for row, _ in saves]
-            self._do(self._file.run, keys, rows).add_done_callback(partial(self._finish, finds, saves))
+            self._group = self._do(self._file.run, keys, rows)
+            self._group.add_done_callback(partial(self._finish, finds, saves))
             return
         self._is_called = False
-        if self._idle is not None:
-            self._idle.set_result(None)
 
     def _finish(
         self,
@@ -549,6 +559,7 @@ class _File:
 
     _db: sqlite3.Connection
     _number: int  # of the batch
+    _status: os.stat_result
 
     def __init__(self, path: str, batch: _BatchRow, synchronous: str) -> None:
         self.path = path
@@ -560,12 +571,12 @@ class _File:
 
     def open(self) -> None:
         # by its real name, so that the lock lies beside it also for who comes by a link
-        self.path = os.path.realpath(self.path)
         try:
+            self.path = os.path.realpath(self.path)
             with ExitStack() as stack:
                 self._open(stack)
                 self._stack = stack.pop_all()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError) as error:
             raise _explained(error, self.path, "opened") from error
 
     def _open(self, stack: ExitStack) -> None:
@@ -583,6 +594,7 @@ class _File:
             check_same_thread=False,
         )
         stack.callback(self._db.close)
+        self._status = os.stat(self.path)
         self._prepare()
         use_write_ahead_log(self._db, _PATIENCE)
         self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
@@ -602,14 +614,15 @@ class _File:
     def _find_batch(self) -> int:
         run_id, pipeline, fingerprint, codec = self.batch
         row = self._db.execute(
-            "SELECT id, fingerprint, codec, created FROM runs WHERE run_id = ?", (run_id,)
+            "SELECT id, fingerprint, codec, token FROM runs WHERE run_id = ?", (run_id,)
         ).fetchone()
-        created = _now() if row is None else row[3]
-        self.own_name = f"{run_id}-{created:x}"
+        token = token_hex(8) if row is None else row[3]
+        self.own_name = f"{run_id}-{token}"
         if row is None:
-            values = (run_id, pipeline, json.dumps(fingerprint), codec, created)
+            values = (run_id, pipeline, json.dumps(fingerprint), codec, token, _now())
             added = self._db.execute(
-                "INSERT INTO runs (run_id, pipeline, fingerprint, codec, created) VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO runs (run_id, pipeline, fingerprint, codec, token, created) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
                 values,
             )
             return added.lastrowid or 0
@@ -626,6 +639,8 @@ class _File:
         found, find_error, save_error = {}, None, None
         try:
             self._save(rows)
+        except JournalError as error:
+            save_error = error
         except Exception as error:
             save_error = _explained(error, self.path, "written")
         try:
@@ -638,6 +653,8 @@ class _File:
     # back from a busy event loop. A statement alone is a transaction of its own.
 
     def _save(self, rows: Sequence[_Row]) -> None:
+        if rows:
+            self._check_that_it_is_there()
         parts = list(_parts(rows))
         if len(parts) <= 1:
             for part in parts:
@@ -651,6 +668,17 @@ class _File:
         finally:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+
+    def _check_that_it_is_there(self) -> None:
+        # what is written to a file that was removed is gone, and SQLite does not mind
+        try:
+            is_there = os.path.samestat(os.stat(self.path), self._status)
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise JournalError(
+                f"the journal {self.path!r} was removed or replaced while it was in use; nothing can be kept"
+            )
 
     def _save_part(self, rows: Sequence[_Row]) -> None:
         places = ", ".join([_ROW.replace("(", f"({self._number}, ", 1)] * len(rows))
@@ -713,14 +741,19 @@ _HINTS = {
 
 def _explained(error: Exception, path: str, what: str) -> JournalError:
     kind = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if kind in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+    is_damaged = kind in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+    if is_damaged or isinstance(error, json.JSONDecodeError):
         hint = "it is no journal, or damaged: choose another path, or move it away"
+    elif isinstance(error, ValueError) and what == "opened":
+        hint = "its path and its run_id must be text, without a zero byte or half a surrogate pair"
+    elif what == "shown" and kind == sqlite3.SQLITE_READONLY:
+        hint = "copy it to a folder that may be written"
     elif what == "shown":
         hint = "give it the file of a journal"
     elif isinstance(error, OSError):
         hint = "give it a file in a folder that exists and may be written, on a local disk"
     else:
-        hint = _HINTS.get(kind, "look at the disk")
+        hint = _HINTS.get(kind, "look at the disk, and at limits of a file's size")
     text = error.strerror if isinstance(error, OSError) else error
     resumed = (
         "; what has finished stays there, and the same call goes on from it" if what == "written" else ""
@@ -790,15 +823,19 @@ def read_failures(path: str) -> Iterator[FailedItem]:
         "WHERE ok = 0 ORDER BY id, position"
     )
     for run_id, position, item, value in _read(path, query):
-        yield FailedItem(run_id, position, item and read_json(item), load_error(read_json(value)))
+        try:
+            failed = FailedItem(run_id, position, item and read_json(item), load_error(read_json(value)))
+        except (ValueError, TypeError, LookupError) as error:
+            raise _explained(error, path, "shown") from error
+        yield failed
 
 
 def _read(path: str, query: str) -> Iterator[Any]:
     try:
         os.stat(path)  # SQLite does not say that there is none
-        address = "file:" + quote(os.path.abspath(path)) + "?mode=rw"
+        address = "file:" + quote(os.fsencode(os.path.abspath(path))) + "?mode=rw"
         with closing(sqlite3.connect(address, uri=True, timeout=_PATIENCE)) as db:
             if not _is_new(db, path):
                 yield from db.execute(query)
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, ValueError) as error:
         raise _explained(error, path, "shown") from error

@@ -542,7 +542,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
     ) -> "tuple[Step[First, Last], int | asyncio.Semaphore]":
         """What runs the items of a batch, and how many of them at a time."""
         step: Any = self
-        if journal is not None and not hasattr(journal, "around"):
+        if journal is not None and (isinstance(journal, type) or not hasattr(journal, "around")):
             raise TypeError(f"journal must be a Journal, not {journal!r}; write journal=Journal('batch.db')")
         if engine is not None:
             from .engine import EngineStep

@@ -26,8 +26,9 @@ _COMPACT = (",", ":")
 _WRITER = json.JSONEncoder(allow_nan=False, separators=_COMPACT)
 _CANONICAL = json.JSONEncoder(allow_nan=False, separators=_COMPACT, sort_keys=True)
 _TRACEBACK = 4_000  # characters of it at most, from its end
+_DEEPEST = 50  # errors inside others; those further inside are text
 
-read_json = json.loads
+read_json: Callable[[str | bytes], Any] = json.loads
 
 
 def write_json(value: object, what: str) -> str:
@@ -74,24 +75,31 @@ def dump_error(error: BaseException) -> dict[str, Any]:
 
     Of a :class:`StageExecutionError` that is all it says, but for the item; of a group each of its errors.
     """
-    data = _dump(error)
-    notes = [note for note in getattr(error, "__notes__", ()) if isinstance(note, str)]
+    return _dump(error, 0)
+
+
+def _dump(error: BaseException, depth: int) -> dict[str, Any]:
+    try:
+        data = _parts_of(error, depth + 1)
+        notes = [note for note in getattr(error, "__notes__", ()) if isinstance(note, str)]
+    except Exception:  # of its attributes
+        return {"type": _type_name(type(error)), "message": _text_of(error)}
     return data | {"notes": notes} if notes else data
 
 
-def _dump(error: BaseException) -> dict[str, Any]:
-    if type(error) is StageExecutionError:
+def _parts_of(error: BaseException, depth: int) -> dict[str, Any]:
+    if type(error) is StageExecutionError and depth <= _DEEPEST:
         data = {
             "stage": error.stage_name,
-            "error": dump_error(error.original_error),
+            "error": _dump(error.original_error, depth),
             "attempts": error.attempts,
             "element": list(error.element),
-            "earlier": [dump_error(part) for part in error.earlier],
+            "earlier": [_dump(part, depth) for part in error.earlier],
             "is_joint": error._is_joint,
         }
         return {key: value for key, value in data.items() if value not in ([], False)}
-    if type(error) is ExceptionGroup:
-        return {"group": error.message, "errors": [dump_error(part) for part in error.exceptions]}
+    if type(error) is ExceptionGroup and depth <= _DEEPEST:
+        return {"group": error.message, "errors": [_dump(part, depth) for part in error.exceptions]}
     data = {"type": _type_name(type(error)), "traceback": _traceback_of(error)}
     args = _arguments_of(error)
     return data | ({"message": _text_of(error)} if args is None else {"args": args})

@@ -456,7 +456,8 @@ def test_a_broker_with_acknowledgements_is_taken(broker: AsyncBroker) -> None:
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
         ({"chunk_size": "1"}, TypeError, "chunk_size"),
         ({"window": 0}, ValueError, "window must be at least 1"),
-        ({"run_id": 7}, TypeError, "run_id must be a str, not 7"),
+        ({"run_id": 7}, TypeError, "run_id must be a str that is not empty, not 7"),
+        ({"run_id": ""}, TypeError, "run_id must be a str that is not empty, not ''"),
         ({"lease": 0}, ValueError, "lease"),
         ({"start_timeout": -1}, ValueError, "start_timeout"),
         ({"outage_timeout": float("nan")}, ValueError, "outage_timeout"),
@@ -513,6 +514,13 @@ async def test_a_pipeline_that_is_not_registered(memory: TaskiqEngine) -> None:
     async with memory:
         with pytest.raises(EngineError, match=r"'stray' is not registered; write engine.register"):
             await Pipeline([double], name="stray").map([1], engine=memory)
+
+
+async def test_another_pipeline_is_registered_by_its_name(memory: TaskiqEngine) -> None:
+    memory.register(Pipeline([double], name="taken"))
+    async with memory:
+        with pytest.raises(EngineError, match=r"another pipeline is registered as 'taken'; use the one that"):
+            await Pipeline([double], name="taken").map([1], engine=memory)
 
 
 class NoProgress(Store):
@@ -611,12 +619,14 @@ async def test_a_chunk_that_ends_its_worker() -> None:
 
 
 @pytest.mark.virtual
-async def test_no_worker() -> None:
+async def test_no_worker(caplog: pytest.LogCaptureFixture) -> None:
     async with network() as net:
         with pytest.raises(EngineError, match="no worker has given a sign of life for 100 s; start one by"):
             await net.client().map([1])
         assert 100 <= now() < 100 + LEASE
         assert len(net.wire.sent) == 1 + 3  # after 20, 40 and 80 s
+        (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert warning.startswith(f"no worker has given a sign of life for {LEASE:g} s; is 'taskiq worker")
 
 
 @pytest.mark.virtual
@@ -682,6 +692,19 @@ async def test_the_broker_can_not_be_reached_at_first(hangs: bool) -> None:
             raise AssertionError("it is not open")
     assert now() == (5 if hangs else 0)
     assert node.shutdowns == 1
+
+
+async def test_entered_twice_it_is_left_once() -> None:
+    node = Node(Wire(), Store())
+    engine = TaskiqEngine(node)
+    async with engine:
+        async with engine:
+            pass
+        assert node.shutdowns == 0
+    assert node.shutdowns == 1
+    async with engine:
+        pass
+    assert node.shutdowns == 2
 
 
 class Stuck(Node):

@@ -40,8 +40,8 @@ try:
     )
     from taskiq.depends.progress_tracker import TaskProgress
     from taskiq.result_backends.dummy import DummyResultBackend
-except ImportError as error:
-    raise ImportError("taskiq support requires installing async-pipeline[taskiq]") from error
+except ImportError as _missing:
+    raise ImportError("taskiq support requires installing async-pipeline[taskiq]") from _missing
 
 __all__ = ["TaskiqEngine"]
 
@@ -146,8 +146,8 @@ class TaskiqEngine:
             )
         check_count("chunk_size", chunk_size, least=1, message="chunk_size must be at least 1")
         check_count("window", window, least=1, message="window must be at least 1")
-        if run_id is not None and not isinstance(run_id, str):
-            raise TypeError(f"run_id must be a str, not {run_id!r}")
+        if run_id is not None and not (isinstance(run_id, str) and run_id):
+            raise TypeError(f"run_id must be a str that is not empty, not {run_id!r}")
         for name, seconds in (("lease", lease), ("start_timeout", start_timeout)):
             check_seconds(name, seconds, zero=False)
         check_seconds("outage_timeout", outage_timeout, zero=False)
@@ -160,6 +160,7 @@ class TaskiqEngine:
         self._outage_timeout = outage_timeout
         self._worker = _worker_of(broker)
         self._batches: dict[str, _Batch] = {}
+        self._entered = 0
 
     def register(self, pipeline: _PipelineT, *, name: str | None = None, version: str = "") -> _PipelineT:
         """Make a pipeline known, in a module that the client and the workers import.
@@ -188,6 +189,9 @@ class TaskiqEngine:
         return pipeline
 
     async def __aenter__(self) -> Self:
+        self._entered += 1
+        if self._entered > 1:  # the outermost one starts the broker up, and shuts it down
+            return self
         try:
             async with asyncio.timeout(self._outage_timeout):
                 await self.broker.startup()
@@ -202,6 +206,9 @@ class TaskiqEngine:
         await self._leave()
 
     async def _leave(self) -> None:
+        self._entered -= 1
+        if self._entered:
+            return
         try:
             async with asyncio.timeout(_CLOSING):
                 await self.broker.shutdown()
@@ -269,6 +276,11 @@ class TaskiqEngine:
         for registered in self._worker.registered.values():
             if _is_same(registered.pipeline, pipeline):
                 return registered
+        if pipeline.name in self._worker.registered:
+            raise EngineError(
+                f"another pipeline is registered as {pipeline.name!r}; use the one that register() has "
+                "returned (its hooks and observers can be replaced), or register this one by another name"
+            )
         raise EngineError(
             f"the pipeline {pipeline.name!r} is not registered; write engine.register(pipeline, name=...) "
             "in a module that the workers import as well"
@@ -360,6 +372,14 @@ class TaskiqEngine:
             elif now - (state.sign if sent.beat is None else sent.since) > self._patience(sent):
                 sent.copies += 1
                 await self._send(sent, is_copy=True)
+        if now - state.sign > self._lease and not state.is_warned:
+            state.is_warned = True
+            _logger.warning(
+                "no worker has given a sign of life for %g s; is 'taskiq worker MODULE:BROKER' running? "
+                "(The batch fails after %g s without one.)",
+                self._lease,
+                self._start_timeout,
+            )
         if now - state.sign > self._start_timeout:
             raise EngineError(
                 f"no worker has given a sign of life for {self._start_timeout:g} s; start one by "
@@ -445,6 +465,7 @@ class _Batch:
     sign: float  # when a worker has last given a sign of life
     next_look: float = 0.0
     next_sweep: float = 0.0
+    is_warned: bool = False  # that nobody seems to be there
     left: int = 0  # submitted, and not yet completed
     waiting: dict[str, _Sent] = field(default_factory=dict)
     more: asyncio.Event = field(default_factory=asyncio.Event)
@@ -535,12 +556,12 @@ class _Worker:
             names = ", ".join(map(repr, self.registered)) or "none"
             raise _RefusedError(
                 f"a worker does not know the pipeline {name!r} (it knows: {names}); let the module that "
-                "'taskiq worker' is given register it"
+                "'taskiq worker' is given register it, or give each application a queue of its own"
             )
         if known.version != version:
             raise _RefusedError(
                 f"a worker has version {known.version!r} of the pipeline {name!r}, not {version!r}; "
-                "restart the workers with the code of the client"
+                "restart the workers with the code of the client, or give each application a queue of its own"
             )
         return known.pipeline
 
