@@ -60,7 +60,7 @@ TaskiqEngine(broker).register(pipeline)  # what the workers import
 @asynccontextmanager
 async def over_taskiq(broker: AsyncBroker, chunk_size: int) -> AsyncIterator[Engine]:
     """Yield an engine on this broker's workers."""
-    engine = TaskiqEngine(broker, chunk_size=chunk_size)
+    engine = TaskiqEngine(broker, chunk_size=chunk_size, start_timeout=30)
     engine.register(pipeline)
     async with engine:
         yield engine
@@ -98,7 +98,8 @@ def cases() -> Iterator[list[Case]]:
 @contextmanager
 def _workers(queue: str) -> Iterator[None]:
     command = [sys.executable, "-m", "taskiq", "worker", "benchmarks.engines:broker", *_WORKERS]
-    workers = subprocess.Popen(command, env={**os.environ, _QUEUE: queue}, start_new_session=True)
+    env = {**os.environ, _QUEUE: queue, "PYTHONPATH": os.pathsep.join(sys.path)}
+    workers = subprocess.Popen(command, env=env, start_new_session=True)
     try:
         yield
     finally:

@@ -88,6 +88,8 @@ def test_memory_above_the_results_is_flat(title: str) -> None:
 
 def test_the_tables_hold_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "FACTORIES", {})
+    monkeypatch.setattr(engines, "CHUNK_SIZES", (10,))
+    monkeypatch.delenv("REDIS_URL", raising=False)
     monkeypatch.setattr(tables, "peak_bytes", lambda title, count: 1024 * count)
     report = list(tables.write_tables(TINY, ""))
     for row in tables.ROWS:
