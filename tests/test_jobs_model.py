@@ -200,6 +200,8 @@ class World:
 
     async def submit(self, work: Work, job_id: str) -> None:
         pipeline, began = self.pipeline(work), next(self.tick)
+        # what was asked of one that had this id before may be heard as late as this
+        work.may_be_dismissed = job_id in self.removed
         try:
             job = await self.runner.submit(pipeline, 1, job_id=job_id)
         except (DuplicateJob, JobQueueFull, JobRunnerClosed, OSError, asyncio.CancelledError):
