@@ -23,7 +23,6 @@ from .context import current_item_key
 from .errors import EngineError, JournalBusy, JournalError, JournalMismatch
 from .events import check_callback
 from .records import digest_of, dump_error, load_error, read_json, stage_names, write_canonical, write_json
-from .waiting import until_ended
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -513,11 +512,19 @@ def _twin(error: JournalError) -> JournalError:
 
 async def _to_its_end(future: "asyncio.Future[T]") -> T:
     """Wait for what can't be stopped; a cancellation is raised afterwards."""
+    cancelled = None
+    while not future.done():
+        try:
+            await asyncio.wait((future,))
+        except asyncio.CancelledError as error:
+            cancelled = error
     try:
-        await until_ended(future)
+        if cancelled is not None:
+            future.exception()  # seen
+            raise cancelled
+        return future.result()
     finally:
-        future.exception()  # seen, also where a cancellation is raised
-    return future.result()
+        del cancelled  # its traceback holds this frame
 
 
 # -- the file, in the thread
