@@ -110,7 +110,8 @@ class DaskEngine:
     async def aclose(self, batch: str) -> None:
         """Cancel what is left of a batch: what waits at the scheduler, and what runs on the workers.
 
-        A worker that does not answer within 5 seconds is left to itself; all are when the client is closed.
+        Returns when the handlers there have ended. Workers that take longer than 5 seconds are left to
+        themselves, and a warning says so; all are when the client is closed.
         """
         known = self._batches.pop(batch, _Batch())
         futures = await known.end()
@@ -121,7 +122,9 @@ class DaskEngine:
                     # Dask lets run on what has begun
                     await self.client.run(_cancel_running, batch, on_error="ignore")
             except Exception as error:
-                logger.warning("Dask's workers could not be told that a batch has ended: %r", error)
+                logger.warning(
+                    "Dask's workers may still run what is left of a batch that has ended: %r", error
+                )
 
     def _batch(self, batch: str) -> "_Batch":
         return self._batches.setdefault(batch, _Batch())
@@ -229,7 +232,11 @@ def _loaded(pickled: bytes) -> Any:
     return cloudpickle.loads(pickled)
 
 
-def _cancel_running(batch: str) -> None:
+async def _cancel_running(batch: str) -> None:
+    """Cancel what runs of a batch, and wait for its end."""
     _ended.append(batch)
-    for task in _running.get(batch, ()):
+    tasks = list(_running.get(batch, ()))
+    for task in tasks:
         task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
