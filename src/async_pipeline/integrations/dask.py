@@ -122,9 +122,7 @@ class DaskEngine:
                     # Dask lets run on what has begun
                     await self.client.run(_cancel_running, batch, on_error="ignore")
             except Exception as error:
-                logger.warning(
-                    "Dask's workers may still run what is left of a batch that has ended: %r", error
-                )
+                logger.warning("Dask's workers may go on with a batch that has ended: %r", error)
 
     def _batch(self, batch: str) -> "_Batch":
         return self._batches.setdefault(batch, _Batch())
