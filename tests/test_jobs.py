@@ -4,6 +4,7 @@ import asyncio
 import copy
 import dataclasses
 import gc
+import inspect
 import logging
 import pickle
 import threading
@@ -44,6 +45,7 @@ from async_pipeline.jobs import (
     report_progress,
     with_progress,
 )
+from async_pipeline.jobs_sqlite import SqliteJobStore
 from async_pipeline.testing import VirtualClockLoop
 from tests.helpers import Meter, run_alone, run_virtually
 
@@ -2911,3 +2913,14 @@ async def test_a_job_that_is_cut_short_is_logged(caplog: pytest.LogCaptureFixtur
     messages = sorted(record.getMessage().partition(" of ")[0] for record in caplog.records)
     assert messages == ["job running", "job waiting"]
     assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [kind.list for kind in (JobRunner, JobStore, MemoryJobStore, SqliteJobStore)]
+    + [kind.asked_to_dismiss for kind in (JobStore, MemoryJobStore, SqliteJobStore)],
+    ids=lambda method: method.__qualname__,
+)
+def test_signatures_can_be_read(method: Callable[..., Any]) -> None:
+    """From Python 3.14 on annotations are looked up late, where ``list`` is a method of the class."""
+    inspect.signature(method)

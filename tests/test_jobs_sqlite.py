@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 import async_pipeline
-from async_pipeline import _sqlite, jobs_sqlite
+from async_pipeline import _jobs_file, _sqlite
 from async_pipeline.errors import DuplicateJob
 from async_pipeline.jobs import Job, JobFailure, JobRunner, JobStore
 from async_pipeline.jobs_sqlite import SqliteJobStore
@@ -132,7 +132,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def looks_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """See at once who has died."""
-    monkeypatch.setattr(jobs_sqlite, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(_jobs_file, "_LOOK_EVERY", 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -614,9 +614,9 @@ class TestLostJobs:
 
     async def test_are_looked_for_now_and_then(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seconds = 100.0
-        monkeypatch.setattr(jobs_sqlite, "time", SimpleNamespace(monotonic=lambda: seconds))
+        monkeypatch.setattr(_jobs_file, "time", SimpleNamespace(monotonic=lambda: seconds))
         probes: list[str] = []
-        is_lost = jobs_sqlite._is_lost
+        is_lost = _jobs_file._is_lost
 
         def counted(path: str) -> bool:
             probes.append(path)
@@ -627,7 +627,7 @@ class TestLostJobs:
             await store.open()
             for number in range(20):
                 await store.add(a_job(str(number)))
-            monkeypatch.setattr(jobs_sqlite, "_is_lost", counted)
+            monkeypatch.setattr(_jobs_file, "_is_lost", counted)
             seconds += 0.25
             for _ in range(3):
                 assert len(await other.list(**EVERYTHING | {"status": ["accepted"]})) == 20
@@ -677,7 +677,7 @@ class TestLostJobs:
     async def test_of_a_store_that_could_not_do_it_itself(
         self, path: Path, looks_always: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(jobs_sqlite, "_PATIENCE", 0.0)
+        monkeypatch.setattr(_jobs_file, "_PATIENCE", 0.0)
         async with opened(path) as other:
             async with opened(path) as store:
                 await store.add(a_job("a"))
@@ -759,7 +759,7 @@ class TestLockFiles:
             os.fstat(file)
         assert _sqlite.open_locked(str(path), 0) is None
         os.close(parents)
-        assert jobs_sqlite._is_lost(str(path))
+        assert _jobs_file._is_lost(str(path))
         assert not path.exists()
 
     async def test_all_files_are_their_users_only(self, path: Path) -> None:
@@ -794,7 +794,7 @@ def header(**pragmas: int) -> Callable[[Path], None]:
 
 
 def damaged(path: Path) -> None:
-    header(application_id=jobs_sqlite._APPLICATION, user_version=jobs_sqlite._VERSION)(path)
+    header(application_id=_jobs_file._APPLICATION, user_version=_jobs_file._VERSION)(path)
     content = bytearray(path.read_bytes())
     content[100:2000] = os.urandom(1900)
     path.write_bytes(content)
@@ -834,7 +834,7 @@ class TestOpening:
             (header(), "belongs to another application"),
             (header(application_id=77), "belongs to another application"),
             (header(user_version=1), "belongs to another application"),
-            (header(application_id=jobs_sqlite._APPLICATION, user_version=2), "another version"),
+            (header(application_id=_jobs_file._APPLICATION, user_version=2), "another version"),
         ],
     )
     async def test_another_file_is_left_as_it_is(
@@ -898,7 +898,7 @@ class TestOpening:
             await SqliteJobStore(path).open()
 
     async def test_a_file_that_somebody_has_locked(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(jobs_sqlite, "_PATIENCE", 0.0)
+        monkeypatch.setattr(_jobs_file, "_PATIENCE", 0.0)
         lock = sqlite3.connect(path, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
         with pytest.raises(OSError, match="end the process that keeps it locked") as caught:
@@ -935,7 +935,7 @@ class TestOpening:
                 return super().execute(statement, values)
 
         connect = sqlite3.connect
-        monkeypatch.setattr(jobs_sqlite, "_PATIENCE", patience)
+        monkeypatch.setattr(_jobs_file, "_PATIENCE", patience)
         monkeypatch.setattr(
             sqlite3, "connect", lambda path, **options: connect(path, factory=Busy, **options)
         )
@@ -1018,7 +1018,7 @@ class TestOpening:
             go_on.wait()
             create(path)
 
-        monkeypatch.setattr(jobs_sqlite, "create_file", slow)
+        monkeypatch.setattr(_jobs_file, "create_file", slow)
         store = SqliteJobStore(path)
         opening = asyncio.ensure_future(store.open())
         await asyncio.get_running_loop().run_in_executor(None, begun.wait)
@@ -1217,7 +1217,7 @@ class TestFailures:
     async def test_who_writes_while_another_process_does_not_stop(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(jobs_sqlite, "_PATIENCE", 0.0)
+        monkeypatch.setattr(_jobs_file, "_PATIENCE", 0.0)
         async with opened(path) as store:
             await store.add(a_job("a"))
             lock = sqlite3.connect(path, isolation_level=None)

@@ -30,6 +30,7 @@ from async_pipeline import (
     RecordedError,
     Stage,
     StageExecutionError,
+    _journal_file,
     _sqlite,
     each,
     item_key,
@@ -732,7 +733,7 @@ class TestOpening:
             (database("PRAGMA user_version = 3"), "belongs to another application"),
             (database("PRAGMA application_id = 1785685619"), "belongs to another application"),
             (
-                database(f"PRAGMA application_id = {journal._APPLICATION}", "PRAGMA user_version = 2"),
+                database(f"PRAGMA application_id = {_journal_file._APPLICATION}", "PRAGMA user_version = 2"),
                 r"another version of async_pipeline \(its format is 2, not 1\)",
             ),
         ],
@@ -811,7 +812,7 @@ class TestOpening:
             left.unlink()
 
     async def test_a_file_that_somebody_has_locked(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(journal, "_PATIENCE", 0.0)
+        monkeypatch.setattr(_journal_file, "_PATIENCE", 0.0)
         lock = sqlite3.connect(path, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
         with pytest.raises(JournalError, match="end the process that keeps it locked"):
@@ -836,7 +837,7 @@ class TestOpening:
         if failures == 2:
             assert await Worker().map([1], Journal(path)) == [2]
         else:
-            monkeypatch.setattr(journal, "_PATIENCE", 0.0)
+            monkeypatch.setattr(_journal_file, "_PATIENCE", 0.0)
             with pytest.raises(JournalError, match="not now; end the process"):
                 await Worker().map([1], Journal(path))
 
@@ -967,7 +968,9 @@ class TestGroups:
                 return super().execute(statement, values)
 
         using(monkeypatch, Failing)
-        file = journal._File(str(path), journal._BatchRow("run", "pipeline", {}, "json"), "NORMAL")
+        file = _journal_file.JournalFile(
+            str(path), _journal_file.BatchRow("run", "pipeline", {}, "json"), "NORMAL"
+        )
         file.open()
         many: list[Any] = [(number, number, b"", 1, "1", None, 0) for number in range(200)]
         answer = file.run([3], many)
@@ -1209,14 +1212,14 @@ class TestCancelled:
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         begun, go_on = threading.Event(), threading.Event()
-        close = journal._File.close
+        close = _journal_file.JournalFile.close
 
         def slow(file: Any) -> None:
             begun.set()
             go_on.wait()
             close(file)
 
-        monkeypatch.setattr(journal._File, "close", slow)
+        monkeypatch.setattr(_journal_file.JournalFile, "close", slow)
         batch = asyncio.ensure_future(Worker().map([1], Journal(path)))
         await asyncio.get_running_loop().run_in_executor(None, begun.wait)
         batch.cancel()
@@ -1239,7 +1242,7 @@ class TestCancelled:
             go_on.wait()
             create(path)
 
-        monkeypatch.setattr(journal, "create_file", slow)
+        monkeypatch.setattr(_journal_file, "create_file", slow)
         batch = asyncio.ensure_future(Worker().map([1], Journal(path)))
         await asyncio.get_running_loop().run_in_executor(None, begun.wait)
         batch.cancel()
@@ -1260,7 +1263,7 @@ class TestCancelled:
             go_on.wait()
             raise OSError(errno.EIO, "broken")
 
-        monkeypatch.setattr(journal, "create_file", broken)
+        monkeypatch.setattr(_journal_file, "create_file", broken)
         batch = asyncio.ensure_future(Worker().map([1], Journal(path)))
         await asyncio.get_running_loop().run_in_executor(None, begun.wait)
         batch.cancel()
@@ -1270,14 +1273,14 @@ class TestCancelled:
 
     async def test_what_is_on_its_way_is_written(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         begun, go_on = threading.Event(), threading.Event()
-        save = journal._File._save
+        save = _journal_file.JournalFile._save
 
         def slow(file: Any, rows: Any) -> None:
             begun.set()
             go_on.wait()
             save(file, rows)
 
-        monkeypatch.setattr(journal._File, "_save", slow)
+        monkeypatch.setattr(_journal_file.JournalFile, "_save", slow)
         batch = asyncio.ensure_future(Worker().map([1, 2], Journal(path)))
         await asyncio.get_running_loop().run_in_executor(None, begun.wait)
         batch.cancel()
@@ -1292,7 +1295,7 @@ class TestCancelled:
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         begun, go_on, may_end = threading.Event(), threading.Event(), asyncio.Event()
-        save = journal._File._save
+        save = _journal_file.JournalFile._save
 
         def slow(file: Any, rows: Any) -> None:
             begun.set()
@@ -1304,7 +1307,7 @@ class TestCancelled:
                 await may_end.wait()
             return value
 
-        monkeypatch.setattr(journal._File, "_save", slow)
+        monkeypatch.setattr(_journal_file.JournalFile, "_save", slow)
         pipeline = Pipeline([second_ends_later])
         batch = asyncio.ensure_future(pipeline.map([1, 2], journal=Journal(path)))
         await asyncio.get_running_loop().run_in_executor(None, begun.wait)
@@ -1321,7 +1324,7 @@ class TestCancelled:
 
     async def test_a_lookup(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         begun, go_on = threading.Event(), threading.Event()
-        find = journal._File._find
+        find = _journal_file.JournalFile._find
 
         def slow(file: Any, keys: Any) -> Any:
             begun.set()
@@ -1329,7 +1332,7 @@ class TestCancelled:
             return find(file, keys)
 
         await Worker().map([1, 2], Journal(path))
-        monkeypatch.setattr(journal._File, "_find", slow)
+        monkeypatch.setattr(_journal_file.JournalFile, "_find", slow)
         batch = asyncio.ensure_future(Worker().map([1, 2], Journal(path)))
         await asyncio.get_running_loop().run_in_executor(None, begun.wait)
         batch.cancel()
@@ -1516,4 +1519,4 @@ class TestHostile:
     def test_one_that_can_not_be_written_is_shown_from_a_copy(self) -> None:
         error = sqlite3.OperationalError("attempt to write a readonly database")
         error.sqlite_errorcode = sqlite3.SQLITE_READONLY
-        assert "copy it to a folder that may be written" in str(journal._explained(error, "a", "shown"))
+        assert "copy it to a folder that may be written" in str(_journal_file.explained(error, "a", "shown"))

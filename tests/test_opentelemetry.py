@@ -1345,7 +1345,7 @@ def load_again(monkeypatch: pytest.MonkeyPatch, module: str, *missing: str) -> N
     again.loader.exec_module(importlib.util.module_from_spec(again))
 
 
-OTEL = r"^OpenTelemetry support requires installing async-pipeline\[otel\]$"
+OTEL = r"^OpenTelemetry support requires installing async-pipeline\[otel\]: pip install "
 
 
 class TestPackage:

@@ -425,7 +425,7 @@ asyncio.run(main())
         assert 'async_pipeline_in_flight{pipeline="pipeline"} 1.0' in done.stdout.splitlines()
 
 
-PROMETHEUS = r"^Prometheus support requires installing async-pipeline\[prometheus\]$"
+PROMETHEUS = r"^Prometheus support requires installing async-pipeline\[prometheus\]: pip install "
 
 
 class TestExtra:

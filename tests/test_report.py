@@ -30,9 +30,11 @@ from async_pipeline import (
     parallel,
     require,
 )
+from async_pipeline.telemetry import _facts
 from async_pipeline.telemetry import report as module
+from async_pipeline.telemetry._facts import Latencies, Scale, Timeline
 from async_pipeline.telemetry._page import _plain, _seconds
-from async_pipeline.telemetry.report import Latencies, ReportRecorder, Scale, Timeline
+from async_pipeline.telemetry.report import ReportRecorder
 from tests.test_trace import Story
 
 VOID = {"meta", "wbr"}
@@ -438,7 +440,7 @@ class TestErrors:
         assert (stage, sample) == ("each/save orders", "item 3, element 4/5 None 'id'")
 
     def test_there_may_be_too_many(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "_GROUPS", 2)
+        monkeypatch.setattr(_facts, "_GROUPS", 2)
         recorder = ReportRecorder()
         for number in range(6):
             one_run(recorder, number, outcome="error", error=failure(f"s{number % 3}", OSError()))
@@ -546,7 +548,7 @@ class TestRetries:
         assert "None." in page.one("errors").text
 
     def test_there_may_be_too_many(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "_GROUPS", 1)
+        monkeypatch.setattr(_facts, "_GROUPS", 1)
         recorder = ReportRecorder()
         story = Story(recorder)
         story.start(0.0)

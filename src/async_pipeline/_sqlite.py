@@ -8,7 +8,7 @@ import threading
 import time
 from contextlib import suppress
 
-__all__ = ["create_file", "lock_file", "open_locked", "remove_locked", "use_write_ahead_log"]
+__all__ = ["create_file", "lock_file", "open_locked", "read_format", "remove_locked", "use_write_ahead_log"]
 
 
 def create_file(path: str) -> None:
@@ -17,6 +17,13 @@ def create_file(path: str) -> None:
     # would take away the locks that a connection of this process has on it
     with suppress(FileExistsError), _files:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+
+
+def read_format(db: sqlite3.Connection) -> tuple[int, int] | None:
+    """Return the application and the version that the file is of; ``None`` if it is new."""
+    queries = ("SELECT count(*) FROM sqlite_master", "PRAGMA application_id", "PRAGMA user_version")
+    tables, application, version = (db.execute(query).fetchone()[0] for query in queries)
+    return (application, version) if tables or application or version else None
 
 
 def use_write_ahead_log(db: sqlite3.Connection, patience: float) -> None:

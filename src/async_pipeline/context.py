@@ -111,6 +111,13 @@ def wants_context(function: Callable[..., Any], shape: str) -> bool:
         wanted = candidate.default is candidate.empty or candidate.name in _CONTEXT_NAMES
     else:
         wanted = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+    # Person.full_name(self) is called on the value, like str.split; of two arguments, one is not the self
+    if wanted and positional[given:] and positional[0].name == "self":  # noqa: SIM102
+        if positional[given].name not in _CONTEXT_NAMES:
+            raise TypeError(
+                "it is a method, but of no instance: write instance.method; within a class, no @staged, "
+                "but Stage('name', self.method)"
+            )
     try:
         signature.bind(*(None,) * (given + wanted))
     except TypeError as error:

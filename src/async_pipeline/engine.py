@@ -8,18 +8,18 @@ workers' half is :func:`run_chunk`. What lies between them is an :class:`Engine`
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, MutableMapping
-from contextlib import aclosing, asynccontextmanager, suppress
-from contextvars import ContextVar
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from secrets import token_hex
 from typing import Any, NamedTuple, Protocol, cast
 
-from .context import current_item_key, item_key
+from ._engine_worker import WorkerStep
+from .context import item_key
 from .errors import EngineError, PipelineError, StageExecutionError, WorkerLost
 from .events import CountedStart, EndEvent, Event, FailedAttempt, Watch, fire, logger
 from .fanout import Batch, check_concurrency
-from .records import digest_of, dump_error, load_error, read_json, stage_names, write_canonical, write_json
+from .records import digest_of, load_error, read_json, stage_names, write_canonical, write_json
 from .retry import check_count
 from .waiting import until_ended
 
@@ -151,22 +151,7 @@ class EngineStep:
         context: object,
         timeout: float | None,
     ) -> None:
-        for method in ("submit", "completed", "aclose"):
-            if isinstance(engine, type) or not callable(getattr(engine, method, None)):
-                raise TypeError(
-                    f"engine must be an Engine with submit, completed and aclose, not {engine!r}; "
-                    "write engine=TaskiqEngine(broker), or engine=DaskEngine(client)"
-                )
-        check_concurrency(concurrency)
-        if isinstance(concurrency, asyncio.Semaphore):
-            raise TypeError(
-                "concurrency must be a number with an engine; other processes can't share a Semaphore"
-            )
-        check_count("chunk_size", engine.chunk_size, least=1, message="chunk_size must be at least 1")
-        check_count("window", engine.window, least=1, message="window must be at least 1")
-        is_fit = context is None or (type(context) is dict and all(type(key) is str for key in context))
-        if not is_fit:
-            raise TypeError(f"context must be a dict of JSON values with an engine, not {context!r}")
+        _check_arguments(engine, concurrency, context)
         self.name: str = pipeline.name
         self.in_flight: int = engine.chunk_size * engine.window
         self._pipeline = pipeline
@@ -417,6 +402,25 @@ class EngineStep:
         return f"<EngineStep {self.name!r} on {self._engine!r}>"
 
 
+def _check_arguments(engine: Engine, concurrency: int | asyncio.Semaphore, context: object) -> None:
+    for method in ("submit", "completed", "aclose"):
+        if isinstance(engine, type) or not callable(getattr(engine, method, None)):
+            raise TypeError(
+                f"engine must be an Engine with submit, completed and aclose, not {engine!r}; "
+                "write engine=TaskiqEngine(broker), or engine=DaskEngine(client)"
+            )
+    check_concurrency(concurrency)
+    if isinstance(concurrency, asyncio.Semaphore):
+        raise TypeError(
+            "concurrency must be a number with an engine; other processes can't share a Semaphore"
+        )
+    check_count("chunk_size", engine.chunk_size, least=1, message="chunk_size must be at least 1")
+    check_count("window", engine.window, least=1, message="window must be at least 1")
+    is_fit = context is None or (type(context) is dict and all(type(key) is str for key in context))
+    if not is_fit:
+        raise TypeError(f"context must be a dict of JSON values with an engine, not {context!r}")
+
+
 def _ascii(text: str) -> str:
     return "".join(char if char.isascii() and (char.isalnum() or char in "-_") else "_" for char in text)
 
@@ -467,7 +471,7 @@ async def run_chunk(pipeline: Any, payload: str) -> str:
         payload: that of a :class:`Chunk`.
 
     Returns:
-        JSON text for the client: the reply of a :class:`Completion`.
+        JSON text for the client, which is the reply of a :class:`Completion`.
 
     Raises:
         ValueError: the payload is none.
@@ -477,113 +481,10 @@ async def run_chunk(pipeline: Any, payload: str) -> str:
         shared, keys, items = data["shared"], data["keys"], data["items"]
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"the payload is not that of a chunk: {error!r}") from error
-    step = _WorkerStep(pipeline, shared, keys)
+    step = WorkerStep(pipeline, shared, keys)
     context, timeout = shared["context"], shared["timeout"]
     batch = Batch(step, items, shared["concurrency"], context, timeout, None, return_exceptions=True)
     return step.reply(await batch.run())
-
-
-_position: ContextVar[int] = ContextVar("position")  # in its chunk, of the item that runs; keys may be equal
-
-
-class _WorkerStep:
-    """A pipeline in a worker, from an item to the text of its result; it notes what the client is to know."""
-
-    def __init__(self, pipeline: Any, shared: Mapping[str, Any], keys: list[str]) -> None:
-        self.name: str = pipeline.name
-        self._keys = keys
-        self._context = write_json(shared["context"] or {}, "the context")
-        self._seen: dict[str, list[Any]] = {}
-        self._contexts: dict[str, str] = {}
-        options: dict[str, Any] = {"before_stage": None, "after_stage": None, "observers": ()}
-        if shared["hooks"]:
-            options |= {"before_stage": self._before, "after_stage": self._after}
-        if shared["observers"]:
-            options["observers"] = [self._observe]
-        self._pipeline = pipeline.replace(**options)
-
-    async def run(self, value: Any, /, *, context: Any = None) -> str:
-        raise NotImplementedError  # pragma: no cover - an item has an index
-
-    async def _run_item(self, value: Any, context: Any, index: int, timeout: float | None) -> str:
-        token, place = current_item_key.set(self._keys[index]), _position.set(index)
-        try:
-            numbered = self._pipeline._run_item
-            if numbered is not None:
-                value = await numbered(value, context, index, timeout)
-            elif timeout is None:
-                value = await self._pipeline.run(value, context=context)
-            else:
-                value = await self._pipeline.run(value, context=context, timeout=timeout)
-            return write_json(value, "the result, which is to travel to the client,")
-        finally:
-            _position.reset(place)
-            current_item_key.reset(token)
-            self._keep(context, index)
-
-    def _keep(self, context: dict[str, Any], index: int) -> None:
-        if context or self._context != "{}":
-            text = _json_or_none(context) or _json_entries(context)
-            if text != self._context:
-                self._contexts[str(index)] = text
-
-    def reply(self, results: list[Any]) -> str:
-        errors = {
-            str(position): dump_error(result)
-            for position, result in enumerate(results)
-            if not isinstance(result, str)
-        }
-        values = ",".join([result if isinstance(result, str) else "null" for result in results])
-        parts = [f'"values":[{values}]', f'"time":{asyncio.get_running_loop().time()!r}']
-        if errors:
-            parts.append(f'"errors":{write_json(errors, "an error")}')
-        if self._seen:
-            parts.append(f'"seen":{write_json(self._seen, "an event")}')
-        if self._contexts:
-            contexts = ",".join(f'"{place}":{text}' for place, text in self._contexts.items())
-            parts.append(f'"contexts":{{{contexts}}}')
-        return f"{{{','.join(parts)}}}"
-
-    def _note(self, *about: Any) -> None:
-        self._seen.setdefault(str(_position.get()), []).append(about)
-
-    def _before(self, name: str, value: Any, context: Any) -> None:
-        self._note("before", name, _data(value))
-
-    def _after(self, name: str, value: Any, output: Any, error: BaseException | None, context: Any) -> None:
-        failure = None if error is None else dump_error(error)
-        self._note("after", name, _data(value), _data(output), failure)
-
-    def _observe(self, event: Event) -> None:
-        fields = {name: getattr(event, name) for name in _FIELDS}
-        if event.error is not None:
-            fields["error"] = dump_error(event.error)
-        self._note("event", {name: value for name, value in fields.items() if value is not None})
-
-
-def _json_or_none(value: object) -> str | None:
-    with suppress(TypeError):
-        return write_json(value, "")
-    return None
-
-
-def _json_entries(context: Mapping[str, Any]) -> str:
-    """Return as much of a context as is JSON."""
-    texts = {key: _json_or_none(value) for key, value in context.items() if isinstance(key, str)}
-    parts = [f"{write_json(key, '')}:{text}" for key, text in texts.items() if text is not None]
-    return f"{{{','.join(parts)}}}"
-
-
-def _data(value: Any) -> Any:
-    """Return a value as it can travel: as JSON, or else as its ``repr``."""
-    text = _json_or_none(value)
-    return repr(value) if text is None else read_json(text)
-
-
-_FIELDS = (
-    *("kind", "time", "run_id", "stage", "element", "outcome", "attempts", "duration", "error"),
-    *("attempt", "will_retry", "delay", "elements"),
-)
 
 
 def _load_event(data: Mapping[str, Any], pipeline: str, index: int, item: Any, shift: float) -> Event:

@@ -43,7 +43,7 @@ class StageExecutionError(PipelineError):
     Attributes:
         stage_name: the stage's name; ``outer/inner`` for a stage of a nested pipeline.
         original_error: the handler's last error; a :class:`StageTimeoutError` when an attempt's time ran
-            out, a :class:`DeadlineExceeded` when the run's did; in a batch also a
+            out, a :class:`DeadlineExceeded` when the run's did; in a batch also an
             :class:`asyncio.CancelledError` that nobody asked for.
         attempts: how many attempts were made, the first included; more than one are noted below the
             message in a traceback.
@@ -69,14 +69,17 @@ class StageExecutionError(PipelineError):
 
     @classmethod
     def joint(cls, stage_name: str, failures: "Sequence[StageExecutionError]") -> "StageExecutionError":
-        """Return the failure of a step in which several others have failed at the same time."""
+        """Return the failure of the step ``stage_name`` in which several others failed at the same time.
+
+        Its ``original_error`` is an :class:`ExceptionGroup` of these ``failures``.
+        """
         error = cls(stage_name, ExceptionGroup(f"{len(failures)} failed", failures))
         error.__cause__ = error.original_error
         error._is_joint = True
         return error
 
     def after(self, earlier: "Sequence[StageExecutionError]", outer: str) -> "StageExecutionError":
-        """Return the error, which now carries those of the steps that were tried before it in ``outer``."""
+        """Return the error, which now carries those of the steps tried ``earlier`` in the step ``outer``."""
         self.earlier = (*earlier, *self.earlier)
         for failure in earlier:
             # by the names inside that step: those around it are not known yet
@@ -101,11 +104,11 @@ class StageExecutionError(PipelineError):
         return self._copy(f"{outer}/{rename(self.stage_name)}", (*element, *self.element), moved)
 
     def is_of_item(self, index: int, item: object) -> bool:
-        """Tell whether it has this ``item_index`` and ``item`` already."""
+        """Tell whether it has this ``index`` as its ``item_index``, and this ``item``, already."""
         return self.item_index == index and self.item is item
 
     def of_item(self, index: int, item: object) -> "StageExecutionError":
-        """Return the error with the batch's ``item_index`` and ``item``; a copy if it had others already."""
+        """Return the error with this ``index`` and ``item`` of the batch; a copy if it had others already."""
         # one error raised for two items (kept by a middleware, say) must not name the second one twice
         error = self if self.item_index is None else self._twin().with_traceback(self.__traceback__)
         error._set_item(index, item)
@@ -246,6 +249,7 @@ class BatchError(ExceptionGroup[Exception], PipelineError):
         results: the results of the items that had finished, by item index.
         failures: the errors, by item index. A part of the group that ``except*`` or ``split`` takes out
             keeps the ``results`` and ``failures`` of the whole batch.
+        exceptions: the same errors, in a tuple, as any :class:`ExceptionGroup` has them.
     """
 
     failures: dict[int, Exception]
@@ -287,6 +291,9 @@ class DeadlockError(PipelineError):
 
     Nothing is ready, no timer is set, and no executor call or socket could wake a task: on a real loop
     this program would hang. The message lists the tasks and where they wait.
+
+    Attributes:
+        tasks: the ``repr`` of each task that waits.
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
@@ -400,6 +407,9 @@ class WorkerLost(PipelineError):  # noqa: N818
 
     It is the ``original_error`` of the item's :class:`StageExecutionError`. Which stage it was can't be
     known, so that names the pipeline.
+
+    Args:
+        message: what to say; by default that each worker that ran it has died.
     """
 
     def __init__(self, message: str = "each worker that ran it has died") -> None:

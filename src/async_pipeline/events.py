@@ -34,6 +34,7 @@ logger: logging.Logger = logging.getLogger("async_pipeline")
 
 _Kind = Literal["run_start", "run_end", "stage_start", "stage_end", "attempt_failed"]
 OutcomeName = Literal["ok", "error", "timeout", "cancelled", "finished"]
+"""How a run or a stage has ended; see :class:`~async_pipeline.Event`."""
 
 
 class Event:
@@ -114,7 +115,7 @@ _FIELDS = (*_COMMON, "outcome", "attempts", "duration", "error", "attempt", "wil
 
 
 class CountedStart(Event):
-    """A ``stage_start`` of a step that runs once for each element."""
+    """A ``stage_start`` of an ``each`` or a ``keep``; it has ``elements``, how many its value has."""
 
     __slots__ = ("elements",)
 
@@ -124,7 +125,7 @@ class CountedStart(Event):
 
 
 class EndEvent(Event):
-    """A ``run_end`` or a ``stage_end``."""
+    """A ``run_end`` or a ``stage_end``; it has ``outcome``, ``attempts``, ``duration`` and ``error``."""
 
     __slots__ = ("attempts", "duration", "error", "outcome")
 
@@ -157,7 +158,7 @@ class EndEvent(Event):
 
 
 class FailedAttempt(Event):
-    """An ``attempt_failed``."""
+    """An ``attempt_failed``; it has ``attempt``, ``error``, ``will_retry`` and ``delay``."""
 
     __slots__ = ("attempt", "delay", "error", "will_retry")
 
@@ -173,7 +174,7 @@ Observer: TypeAlias = Callable[[Event], object]
 """``(event)``, sync; what it returns does not matter."""
 
 OnHookError: TypeAlias = Callable[[Exception], object]
-"""``(error)``, sync: what to do with an exception of a hook or an observer, instead of logging it."""
+"""``(error)``, sync; what to do with an exception of a hook or an observer, instead of logging it."""
 
 
 class Watch(NamedTuple):

@@ -18,8 +18,11 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, I
 from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import Context, copy_context
 from functools import partial
-from types import TracebackType
-from typing import Any, Generic, TypeAlias, cast
+from inspect import isasyncgenfunction, isgeneratorfunction
+from numbers import Real
+from types import AsyncGeneratorType, GeneratorType, TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
+from weakref import WeakSet
 
 from .context import copier
 from .errors import BatchError, EngineError, Finish, JournalError, StageExecutionError, cancelled_in
@@ -46,6 +49,8 @@ _BUFFER_WITH_SEMAPHORE = 64
 _FATAL = (JournalError, EngineError)  # no item's own
 _GROWTH = 256  # of a batch's list of results
 _PROGRESS_INTERVAL = 0.1  # seconds between two calls of a progress
+_HOW_TO_ITERATE = "async with pipeline.stream(items) as results: async for value in results: ..."
+_closed: WeakSet[Any] = WeakSet()  # the generators that batches have iterated and closed
 
 
 def _wake(waiters: deque[asyncio.Future[None]], most: int) -> None:
@@ -219,6 +224,8 @@ class FanOut(ABC):
 
     def _close_source(self) -> None:
         if self._close is not None:
+            if type(self._items) is GeneratorType:  # and not what makes one each time
+                _closed.add(self._items)
             try:
                 self._close()
             except BaseException as error:
@@ -466,6 +473,8 @@ class FanOut(ABC):
     async def _aclose(self, iterator: AsyncIterator[Any] | None) -> None:
         aclose = getattr(iterator, "aclose", None)
         if aclose is not None:
+            if type(iterator) is AsyncGeneratorType:
+                _closed.add(iterator)
             try:
                 await aclose()
             except BaseException as error:
@@ -553,7 +562,7 @@ class Batch(FanOut):
 
 
 class Stream(FanOut, Generic[Out]):
-    """The results of :meth:`Pipeline.stream <async_pipeline.Pipeline.stream>`, as they come.
+    """What :meth:`Pipeline.stream <async_pipeline.Pipeline.stream>` returns: the results, as they come.
 
     >>> async with pipeline.stream(items) as results:
     ...     async for value in results: ...
@@ -647,10 +656,17 @@ class Stream(FanOut, Generic[Out]):
 
     def _check_open(self) -> None:
         if self._state != "open":
-            raise RuntimeError(
-                f"the stream is {self._state}; iterate inside its block: "
-                "async with pipeline.stream(items) as results: async for value in results: ..."
-            )
+            raise RuntimeError(f"the stream is {self._state}; iterate inside its block: {_HOW_TO_ITERATE}")
+
+    if not TYPE_CHECKING:  # which has its own answers
+
+        def __enter__(self) -> None:
+            raise TypeError(f"a stream is entered with async with: {_HOW_TO_ITERATE}")
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def __iter__(self) -> None:
+            raise TypeError(f"a stream is iterated with async for: {_HOW_TO_ITERATE}")
 
     async def __anext__(self) -> Out:
         _, _, value, error, _, _ = self._pop() or await self._wait_for_record()
@@ -734,7 +750,7 @@ class Stream(FanOut, Generic[Out]):
 
 
 class OutcomeIterator(Generic[Out]):
-    """What :meth:`Stream.outcomes` returns."""
+    """What :meth:`Stream.outcomes` returns: an async iterator of :class:`~async_pipeline.Outcome`."""
 
     def __init__(self, stream: Stream[Out]) -> None:
         self._stream = stream
@@ -748,6 +764,9 @@ class OutcomeIterator(Generic[Out]):
         record = stream._pop() or await stream._wait_for_record()
         return Outcome(*record)
 
+    def __repr__(self) -> str:
+        return f"<outcomes of {self._stream!r}>"
+
 
 def _runtime_error(text: str, cause: BaseException) -> RuntimeError:
     error = RuntimeError(text)
@@ -757,16 +776,28 @@ def _runtime_error(text: str, cause: BaseException) -> RuntimeError:
 
 def check_items(what: str, items: object) -> None:
     """Raise for anything that can't be iterated; ``what`` begins the message."""
+    if type(items) in (GeneratorType, AsyncGeneratorType) and items in _closed:
+        raise ValueError(
+            f"{what} must not be a generator that was in a map, stream or each before, and has nothing left; "
+            "call its function again, or make a list of it first"
+        )
+    if asyncio.isfuture(items):
+        raise TypeError(f"{what} must be an iterable, not {items!r}: await it first")
     # iter() takes a class with __getitem__ alone, too, though Iterable does not know it
     if isinstance(items, (AsyncIterable, Iterable)) or hasattr(type(items), "__getitem__"):
         return
     if asyncio.iscoroutine(items):
         items.close()  # or Python would also warn that it was never awaited
         raise TypeError(f"{what} must be an iterable, not {items!r}: await it first")
-    raise TypeError(f"{what} must be an iterable or an async iterable, not {type(items).__name__}")
+    kind = type(items).__name__
+    if isgeneratorfunction(items) or isasyncgenfunction(items):
+        kind = f"a function that makes one: write {items.__name__}()"
+    raise TypeError(f"{what} must be an iterable or an async iterable, not {kind}")
 
 
 def check_concurrency(concurrency: object) -> None:
     """Raise for anything that is neither a number of workers nor a semaphore."""
+    if not isinstance(concurrency, (asyncio.Semaphore, Real)):
+        raise TypeError(f"concurrency must be an int or an asyncio.Semaphore, not {concurrency!r}")
     if not isinstance(concurrency, asyncio.Semaphore):
         check_count("concurrency", concurrency, least=1, message="concurrency must be at least 1")

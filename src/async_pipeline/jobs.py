@@ -7,31 +7,28 @@
 """
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
+import builtins
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
-from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
-from inspect import isasyncgenfunction, iscoroutine, iscoroutinefunction
-from typing import Any, Literal, NamedTuple, Protocol, Self, TypeGuard
+from inspect import iscoroutine
+from typing import Any, Literal, Protocol, Self, get_args
 from uuid import uuid4
 
-from .context import check_arguments
+from ._jobs_progress import observed
+from ._jobs_run import JobRun, check_job_context, current
 from .errors import (
     DuplicateJob,
-    Finish,
     JobNotFound,
     JobQueueFull,
     JobRunnerClosed,
     StageExecutionError,
 )
-from .events import Event, logger
-from .pipeline import Pipeline
+from .events import logger
 from .retry import check_count, check_seconds
 from .stage import as_step
-from .types import Step, structure_of
+from .types import Step
 from .waiting import until_ended
 
 __all__ = [
@@ -47,6 +44,7 @@ __all__ = [
 ]
 
 JobStatus = Literal["accepted", "running", "successful", "failed", "dismissed"]
+"""What has become of a job; the last three are ends."""
 
 JobContext = Callable[[Any], AbstractAsyncContextManager[Any]]
 """``(context)``, returning an async context manager that yields the context of the job's run."""
@@ -125,24 +123,27 @@ class JobStore(Protocol):
         """
 
     async def get(self, job_id: str) -> Job | None:
-        """Return a job, whoever has added it."""
+        """Return the job of this ``job_id``, whoever has added it; ``None`` if there is none."""
 
     async def remove(self, job_id: str) -> None:
-        """Remove a job, if there is one."""
+        """Remove the job of this ``job_id``, if there is one."""
 
     async def evict(self, *, before: datetime, keep: int) -> None:
         """Remove what has finished before, and all finished ones but the ``keep`` that finished last."""
 
     async def ask_to_dismiss(self, job_id: str) -> None:
-        """Note that the process that runs the job is to dismiss it."""
+        """Note that the process that runs the job of this ``job_id`` is to dismiss it."""
 
-    async def asked_to_dismiss(self) -> list[str]:
-        """Return the unfinished jobs of this process of which that was noted."""
+    async def asked_to_dismiss(self) -> builtins.list[str]:
+        """Return the ids of the unfinished jobs of this process of which that was noted."""
 
     async def list(
         self, *, limit: int, offset: int, status: Collection[str] | None, pipeline: Collection[str] | None
-    ) -> list[Job]:
-        """Return jobs, the newest first; ``None`` stands for every status, and for every pipeline."""
+    ) -> builtins.list[Job]:
+        """Return at most ``limit`` jobs, the newest first, without the first ``offset`` of them.
+
+        ``None`` stands for every ``status``, and for every ``pipeline``.
+        """
 
 
 class MemoryJobStore:
@@ -193,13 +194,13 @@ class MemoryJobStore:
     async def ask_to_dismiss(self, job_id: str) -> None:
         """Do nothing: there is no other process."""
 
-    async def asked_to_dismiss(self) -> list[str]:
+    async def asked_to_dismiss(self) -> builtins.list[str]:
         """Return nothing: there is no other process."""
         return []
 
     async def list(
         self, *, limit: int, offset: int, status: Collection[str] | None, pipeline: Collection[str] | None
-    ) -> list[Job]:
+    ) -> builtins.list[Job]:
         """Return jobs, the newest first."""
         wanted = (
             job
@@ -210,9 +211,6 @@ class MemoryJobStore:
 
 
 # -- how far a job is
-
-
-_current: ContextVar["_Run"] = ContextVar("async_pipeline_job")
 
 
 def report_progress(fraction: float, message: str | None = None) -> None:
@@ -239,7 +237,7 @@ def report_progress(fraction: float, message: str | None = None) -> None:
         raise ValueError(f"fraction must be from 0 to 1, not {fraction!r}; write done / total")
     if not (message is None or isinstance(message, str)):
         raise TypeError(f"message must be a str, not {message!r}")
-    run = _current.get(None)
+    run = current.get(None)
     if run is not None:
         run.report(float(fraction), message)
 
@@ -259,233 +257,14 @@ def with_progress(step: Step[Any, Any]) -> Step[Any, Any]:
     An ``each`` or a ``keep`` becomes a pipeline of it. Any other step is returned as it is, and so is a
     pipeline of a subclass with a ``run`` of its own.
     """
-    if structure_of(step).kind in _WITH_ELEMENTS:
-        return _observed(Pipeline([step], name=step.name))
-    if not _is_transparent(step):
-        return step
-    # what a subclass has set may change, so it is copied each time
-    return _observed_once(step) if type(step) is Pipeline else _observed(step)
-
-
-_WITH_ELEMENTS = ("each", "keep")
-
-
-def _is_transparent(step: Any) -> TypeGuard[Pipeline[Any, Any, Any]]:
-    """Tell whether who observes a run sees the stages inside."""
-    return isinstance(step, Pipeline) and getattr(step.run, "__func__", None) is Pipeline.run
-
-
-def _observed(pipeline: Pipeline[Any, Any, Any]) -> Pipeline[Any, Any, Any]:
-    others = [observer for observer in pipeline.observers if not isinstance(observer, _Progress)]
-    return pipeline.replace(observers=[*others, _Progress(pipeline)])
-
-
-_observed_once = lru_cache(128)(_observed)  # it takes 35 µs for five stages
-
-
-class _Leaf(NamedTuple):
-    """A stage that counts, by its path."""
-
-    path: str
-    element_path: str | None  # if it runs once for each element
-    ends: Mapping[str, int]  # of the pipelines around it: how many stages are done when they are
-
-
-def _leaves(pipeline: Pipeline[Any, Any, Any], path: str = "", done: int = 0) -> list[_Leaf]:
-    leaves: list[_Leaf] = []
-    for step in pipeline.stages:
-        kind, _, parts = structure_of(step)
-        inner = path + step.name
-        if _is_transparent(step):
-            within = _leaves(step, f"{inner}/", done + len(leaves))
-            end = done + len(leaves) + len(within)
-            leaves += [leaf._replace(ends={**leaf.ends, inner: end}) for leaf in within]
-        else:
-            element_path = f"{inner}/{parts[0].name}" if kind in _WITH_ELEMENTS else None
-            leaves.append(_Leaf(inner, element_path, {}))
-    return leaves
-
-
-class _Progress:
-    """Observes a pipeline for the jobs that run it."""
-
-    def __init__(self, pipeline: Pipeline[Any, Any, Any]) -> None:
-        self.leaves = _leaves(pipeline)
-
-    def __call__(self, event: Event) -> None:
-        run = _current.get(None)
-        if run is None:
-            return
-        if event.kind == "run_start":
-            if run.measure is None:
-                run.measure = _Measure(event.run_id, self.leaves)
-        elif run.measure is not None and run.measure.run_id == event.run_id:
-            if event.kind == "stage_start":
-                run.measure.begin(event)
-            elif event.kind == "stage_end":
-                run.hear()
-                if run.measure.end(event):
-                    run.advance_to(run.measure.fraction)
-            elif event.kind == "run_end":
-                run.measure = None
-
-
-class _Measure:
-    """How far one run of a pipeline is."""
-
-    def __init__(self, run_id: str, leaves: Sequence[_Leaf]) -> None:
-        self.run_id = run_id
-        self._leaves = leaves
-        self._done = 0
-        self._ends: dict[str, int] = {}  # of the pipelines inside that run
-        self._elements: int | None = None  # of the stage that runs
-        self._elements_done = 0
-        self._fraction = 0.0  # that it has reported itself
-
-    def begin(self, event: Event) -> None:
-        leaf = self._leaf
-        if leaf is None or event.stage is None:
-            return
-        if event.stage == leaf.element_path and event.element == (0,):
-            self._elements_done = 0  # a middleware may run all of them again
-        elif event.element:
-            return
-        elif event.stage == leaf.path:
-            self._elements, self._elements_done = event.elements, 0
-        elif event.stage in leaf.ends:
-            self._ends[event.stage] = leaf.ends[event.stage]
-
-    def end(self, event: Event) -> bool:
-        """Take a stage's end into account, if it counts."""
-        leaf = self._leaf
-        if leaf is None or event.stage is None or event.outcome != "ok":
-            return False
-        if event.stage == leaf.element_path and len(event.element) == 1:
-            self._elements_done += 1
-            return True
-        if event.element:
-            return False
-        # a middleware may have left out what is inside a pipeline
-        done = self._done + 1 if event.stage == leaf.path else self._ends.pop(event.stage, 0)
-        return self._advance_to(done)
-
-    def _advance_to(self, done: int) -> bool:
-        if done <= self._done:
-            return False
-        self._done, self._elements, self._fraction = done, None, 0.0
-        return True
-
-    def report(self, fraction: float) -> None:
-        if self._leaf is not None and self._leaf.element_path is None:
-            self._fraction = fraction
-
-    @property
-    def fraction(self) -> float:
-        part = self._elements_done / self._elements if self._elements else self._fraction
-        return (self._done + min(1.0, part)) / len(self._leaves)
-
-    @property
-    def _leaf(self) -> _Leaf | None:
-        return self._leaves[self._done] if self._done < len(self._leaves) else None
-
-
-class _Run:
-    """A job of this process, until its end is known to everybody."""
-
-    def __init__(
-        self,
-        job: Job,
-        step: Step[Any, Any],
-        value: Any,
-        context: Any,
-        timeout: float | None,
-        clock: Callable[[], datetime],
-    ) -> None:
-        self.job = job
-        self.step = step
-        self.value = value
-        self.context = context
-        self.timeout = timeout
-        self.variables: Context = copy_context()
-        self.task: asyncio.Task[None] | None = None
-        self.is_job = True  # to others; not yet, while the caller of JobRunner.run waits for it
-        self.is_counted = False  # among those of which only so many may run
-        self.is_dismissed = False
-        self.is_ending = False  # its handlers are done, so there is nothing left to cancel
-        self.is_unsaved = False
-        self.lock = asyncio.Lock()  # who writes to the store
-        self.measure: _Measure | None = None
-        self._clock = clock
-        self._loop = asyncio.get_running_loop()
-        self._changed: asyncio.Event | None = None
-        self._reports: deque[tuple[float, str | None]] = deque()  # of threads
-
-    def update(self, **changes: Any) -> None:
-        self.publish(self.changed(**changes))
-
-    def changed(self, **changes: Any) -> Job:
-        return replace(self.job, **{"updated": self._clock()} | changes)
-
-    def publish(self, job: Job) -> None:
-        self.job = job
-        self.is_unsaved = True
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
-
-    async def change(self) -> None:
-        """Wait for the next one."""
-        if self._changed is None:
-            self._changed = asyncio.Event()
-        await self._changed.wait()
-
-    async def end(self) -> Job:
-        while self.job.finished is None:
-            await self.change()
-        return self.job
-
-    def report(self, fraction: float, message: str | None) -> None:
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            loop = None
-        if loop is self._loop:
-            self._report(fraction, message)
-            return
-        self._reports.append((fraction, message))
-        with suppress(RuntimeError):  # a thread that outlives the loop is not heard
-            self._loop.call_soon_threadsafe(self.hear)
-
-    def hear(self) -> None:
-        """Take into account what threads have reported; before their result is, which can be faster."""
-        while self._reports:
-            self._report(*self._reports.popleft())
-
-    def _report(self, fraction: float, message: str | None) -> None:
-        if self.is_ending:
-            return
-        if self.measure is not None:
-            self.measure.report(fraction)
-            fraction = self.measure.fraction
-        if message is not None and message != self.job.message:
-            self.update(message=message, progress=self._percent(fraction))
-        else:
-            self.advance_to(fraction)
-
-    def advance_to(self, fraction: float) -> None:
-        progress = self._percent(fraction)
-        if progress > self.job.progress and not self.is_ending:
-            self.update(progress=progress)
-
-    def _percent(self, fraction: float) -> int:
-        return max(self.job.progress, min(100, int(100 * fraction + 1e-9)))
+    return observed(step)
 
 
 # -- the runner
 
 _POLL = 0.2  # seconds between two looks at what other processes have written
 _RETRY = 1.0  # seconds until a store that has failed is tried again
-_STATUSES = ("accepted", "running", "successful", "failed", "dismissed")
+_STATUSES: tuple[str, ...] = get_args(JobStatus)
 
 
 class JobRunner:
@@ -537,7 +316,7 @@ class JobRunner:
         check_seconds("ttl", ttl, zero=True)
         check_seconds("drain", drain, zero=True)
         if job_context is not None:
-            _check_job_context(job_context)
+            check_job_context(job_context)
         self._concurrency = concurrency
         self._max_pending = max_pending
         self._ttl = ttl
@@ -546,9 +325,9 @@ class JobRunner:
         self._store: JobStore = MemoryJobStore() if store is None else _checked_store(store)
         self._job_context = job_context
         self._is_open = self._is_entered = self._was_entered = False
-        self._runs: dict[str, _Run] = {}  # the jobs that have not ended
-        self._pending: dict[str, _Run] = {}  # those of them that wait, in order
-        self._running: set[_Run] = set()  # with those that are no jobs for others yet
+        self._runs: dict[str, JobRun] = {}  # the jobs that have not ended
+        self._pending: dict[str, JobRun] = {}  # those of them that wait, in order
+        self._running: set[JobRun] = set()  # with those that are no jobs for others yet
         self._jobs_running = 0  # without them
         self._adding: set[str] = set()  # the ids of jobs that the store is being given
         self._errands: set[asyncio.Task[None]] = set()
@@ -601,12 +380,14 @@ class JobRunner:
         It sees the caller's context variables as they are now.
 
         Args:
-            pipeline: the pipeline, or any other step.
+            pipeline: the pipeline, or any other step. A handler that is a plain ``def`` runs on the event
+                loop; ``Stage("save", save, executor="thread")`` keeps a slow one off it.
             value: its input.
             context: the object that its handlers share; a new dict by default. It must live as long as the
                 job; see ``job_context`` for what does not.
             job_id: what to call it; a UUID by default.
-            timeout: seconds for the run once it has begun, as in :meth:`Pipeline.run`; ``None`` for no limit.
+            timeout: seconds for the run once it has begun, as in
+                :meth:`Pipeline.run <async_pipeline.Pipeline.run>`; ``None`` for no limit.
 
         Raises:
             DuplicateJob: there is a job of this id already.
@@ -646,7 +427,8 @@ class JobRunner:
             pipeline: the pipeline, or any other step.
             value: its input.
             context: the object that its handlers share; a new dict by default.
-            timeout: seconds for the run, as in :meth:`Pipeline.run`; ``None`` for no limit.
+            timeout: seconds for the run, as in :meth:`Pipeline.run <async_pipeline.Pipeline.run>`; ``None``
+                for no limit.
             wait: seconds; ``None``, the default, for as long as it takes.
 
         Raises:
@@ -676,6 +458,9 @@ class JobRunner:
     async def get(self, job_id: str) -> Job:
         """Return a job as it is now.
 
+        Args:
+            job_id: what the job is called.
+
         Raises:
             JobNotFound: there is none, or no longer.
             JobRunnerClosed: the runner was never entered; or it was left, and its store is shared.
@@ -692,6 +477,9 @@ class JobRunner:
 
         A job that has ended in another way meanwhile is returned as it is. One of another process is
         cancelled by that one, within a few tenths of a second.
+
+        Args:
+            job_id: what the job is called.
 
         Returns:
             The job, ``"dismissed"``; or, as it was, the one that was removed.
@@ -726,6 +514,9 @@ class JobRunner:
         Who is slow misses what has changed twice meanwhile, never the end. A job of another process is
         looked at several times a second.
 
+        Args:
+            job_id: what the job is called.
+
         Raises:
             JobNotFound: there is none, or no longer.
             JobRunnerClosed: the runner was left, or never entered, and the job is one of another process.
@@ -754,7 +545,7 @@ class JobRunner:
         offset: int = 0,
         status: JobStatus | Collection[JobStatus] | None = None,
         pipeline: str | Collection[str] | None = None,
-    ) -> list[Job]:
+    ) -> builtins.list[Job]:
         """Return jobs, the newest first.
 
         Args:
@@ -809,7 +600,7 @@ class JobRunner:
 
     def _new_run(
         self, pipeline: Any, value: Any, context: Any, job_id: str | None, timeout: float | None
-    ) -> _Run:
+    ) -> JobRun:
         self._check_open()
         if job_id is None:
             job_id = str(uuid4())
@@ -828,9 +619,9 @@ class JobRunner:
         step = as_step(pipeline, "pipeline must be a pipeline, or any other step")
         now = self._now()
         job = Job(id=job_id, pipeline=step.name, created=now, updated=now)
-        return _Run(job, with_progress(step), value, {} if context is None else context, timeout, self._now)
+        return JobRun(job, with_progress(step), value, {} if context is None else context, timeout, self._now)
 
-    async def _add(self, run: _Run) -> None:
+    async def _add(self, run: JobRun) -> None:
         job = run.job
         if job.id in self._runs or job.id in self._adding:
             raise DuplicateJob(job.id)
@@ -866,7 +657,7 @@ class JobRunner:
         while self._pending and self._jobs_running < self._concurrency:
             self._start(self._pending.pop(next(iter(self._pending))))
 
-    def _start(self, run: _Run) -> asyncio.Task[None]:
+    def _start(self, run: JobRun) -> asyncio.Task[None]:
         self._running.add(run)
         self._count(run, run.is_job)
         self._idle.clear()
@@ -880,11 +671,11 @@ class JobRunner:
         task.add_done_callback(lambda task: self._release(run, task))
         return task
 
-    def _count(self, run: _Run, is_counted: bool) -> None:
+    def _count(self, run: JobRun, is_counted: bool) -> None:
         self._jobs_running += is_counted - run.is_counted
         run.is_counted = is_counted
 
-    def _release(self, run: _Run, task: asyncio.Task[None] | None) -> None:
+    def _release(self, run: JobRun, task: asyncio.Task[None] | None) -> None:
         self._running.discard(run)
         self._count(run, False)
         if not run.is_ending:  # cancelled before it began
@@ -901,15 +692,15 @@ class JobRunner:
 
     # -- running
 
-    async def _work(self, run: _Run) -> None:
-        _current.set(run)
+    async def _work(self, run: JobRun) -> None:
+        current.set(run)
         run.task = asyncio.current_task()  # an eager one is not known to who has made it yet
         fatal: BaseException | None = None
         try:
             now = self._now()
             run.update(status="running", started=now, updated=now)
             await self._save(run)
-            result = await self._run_in_context(run)
+            result = await run.run_in(self._job_context)
             end = {"status": "successful", "progress": 100, "result": result}
         except asyncio.CancelledError as error:
             end = self._end_of_cancelled(run, error)
@@ -921,29 +712,24 @@ class JobRunner:
         if run.is_dismissed:
             end = {"status": "dismissed"}
         try:
-            try:
-                await self._end(run, end)
-            except asyncio.CancelledError:  # a request that a handler has left behind
-                self._run_errand(self._end(run, end) if run.job.finished is None else self._evict())
+            await self._end_in_any_case(run, end)
             if fatal is not None:
                 raise fatal
         finally:
             del fatal  # its traceback holds this frame
 
-    async def _run_in_context(self, run: _Run) -> Any:
-        if self._job_context is None:
-            return await _run_step(run, run.context)
-        result = None  # of a run whose error the context manager swallows
-        async with _entered(self._job_context, run.context) as context:
-            result = await _run_step(run, context)
-        return result  # noqa: RET504 - reached with None as well
+    async def _end_in_any_case(self, run: JobRun, end: Mapping[str, Any]) -> None:
+        try:
+            await self._end(run, end)
+        except asyncio.CancelledError:  # a request that a handler has left behind
+            self._run_errand(self._end(run, end) if run.job.finished is None else self._evict())
 
-    def _end_of_cancelled(self, run: _Run, error: asyncio.CancelledError) -> dict[str, Any]:
+    def _end_of_cancelled(self, run: JobRun, error: asyncio.CancelledError) -> dict[str, Any]:
         if run.is_dismissed:
             return {"status": "dismissed"}
         return _closed(run.job) if self._cut.is_set() else _failure(run.job, error)
 
-    def _dismiss(self, run: _Run) -> None:
+    def _dismiss(self, run: JobRun) -> None:
         if run.is_ending or run.is_dismissed:  # a second cancellation would interrupt who cleans up
             return
         run.is_dismissed = True
@@ -953,7 +739,7 @@ class JobRunner:
         elif self._pending.pop(run.job.id, None) is not None:
             self._run_errand(self._end(run, {"status": "dismissed"}))
 
-    async def _end(self, run: _Run, end: Mapping[str, Any]) -> None:
+    async def _end(self, run: JobRun, end: Mapping[str, Any]) -> None:
         """Let everybody know the end of a job, when the store knows it."""
         run.hear()
         run.is_ending = True
@@ -971,7 +757,7 @@ class JobRunner:
 
     # -- the store
 
-    async def _save(self, run: _Run) -> None:
+    async def _save(self, run: JobRun) -> None:
         if not run.is_job:
             return
         async with run.lock:
@@ -984,7 +770,7 @@ class JobRunner:
                 run.is_unsaved = True
                 logger.error("job %s could not be saved; it goes on", run.job.id, exc_info=error)
 
-    async def _save_end(self, run: _Run, job: Job) -> Job:
+    async def _save_end(self, run: JobRun, job: Job) -> Job:
         async with run.lock:
             while run.is_job:
                 try:
@@ -1083,18 +869,6 @@ class JobRunner:
         await self._store.aclose()
 
 
-async def _run_step(run: _Run, context: Any) -> Any:
-    step: Any = run.step
-    try:
-        if run.timeout is None:
-            return await step.run(run.value, context=context)
-        if type(step).run is not Pipeline.run:
-            step = Pipeline([step], name=step.name)
-        return await step.run(run.value, context=context, timeout=run.timeout)
-    except Finish as finish:
-        return finish.value
-
-
 def _closed(job: Job) -> dict[str, Any]:
     message = "the runner was closed before the job had ended"
     logger.warning("job %s of %r was cut short: %s", job.id, job.pipeline, message)
@@ -1122,29 +896,3 @@ def _checked_store(store: Any) -> JobStore:
         raise TypeError(f'store must be a JobStore, not {store!r}; write store=SqliteJobStore("jobs.db")')
     checked: JobStore = store
     return checked
-
-
-_WRITE_SO = (
-    "decorate an async function that yields the context of the run with @contextlib.asynccontextmanager"
-)
-
-
-def _check_job_context(job_context: Any) -> None:
-    if isasyncgenfunction(job_context) or iscoroutinefunction(job_context) or not callable(job_context):
-        raise TypeError(
-            f"job_context must be a callable (context) that returns an async context manager, not "
-            f"{job_context!r}; {_WRITE_SO}"
-        )
-    try:
-        check_arguments(job_context, "job_context(context)")
-    except TypeError as error:
-        raise TypeError(f"job_context {job_context!r} can't be used: {error}") from None
-
-
-def _entered(job_context: JobContext, context: Any) -> AbstractAsyncContextManager[Any]:
-    manager = job_context(context)
-    if not hasattr(type(manager), "__aenter__"):
-        raise TypeError(
-            f"job_context {job_context!r} must return an async context manager, not {manager!r}; {_WRITE_SO}"
-        )
-    return manager

@@ -1,11 +1,13 @@
 """A pipeline: steps in a row, one context per run."""
 
 import asyncio
-from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence, Set
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, cast, overload
 
+from .advice import MAP, PIPELINE, STREAM, advised
+from .context import check_arguments
 from .errors import (
     Finish,
     StageExecutionError,
@@ -31,6 +33,7 @@ from .events import (
 )
 from .fanout import Batch, Progress, Stream
 from .outcome import Outcome
+from .retry import check_seconds
 from .stage import (
     Call,
     Joinable,
@@ -98,7 +101,8 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
 
     A pipeline is immutable, holds no state of a run, and may be used from any number of tasks and event
     loops, also from inside its own handlers. It is a step itself, and then appears as one stage to the
-    pipeline around it.
+    pipeline around it. Its ``stages``, ``name``, ``middlewares``, ``observers`` and ``on_hook_error`` can be
+    read as attributes.
 
     Args:
         stages: at least one of: stages, pipelines, plain callables (which become a :class:`Stage` named
@@ -148,6 +152,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
     observers: tuple[Observer, ...]
     on_hook_error: OnHookError | None
 
+    @advised("Pipeline([fetch, parse], name='pages')", PIPELINE)
     def __init__(
         self,
         stages: Sequence[Step[Any, Any] | Callable[..., Any]],
@@ -186,7 +191,9 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
 
     def __setattr__(self, attribute: str, value: object) -> None:
         if type(self) is Pipeline and hasattr(self, attribute):  # a subclass may set what it likes, as in 1.x
-            raise AttributeError(f"a Pipeline is immutable; build another one for another {attribute!r}")
+            raise AttributeError(
+                f"a Pipeline is immutable; for another one write pipeline.replace({attribute}={value!r})"
+            )
         super().__setattr__(attribute, value)
 
     async def run(
@@ -400,10 +407,17 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
     ) -> Outcome[Last]:
         """Run one value like :meth:`run`, and return what became of it instead of raising.
 
+        Args:
+            initial_value: as for :meth:`run`.
+            context: as for :meth:`run`.
+            timeout: as for :meth:`run`.
+
         Returns:
             An :class:`Outcome` with the value, or with the ``Exception``. Cancellation and other
             exceptions that are no ``Exception`` propagate.
         """
+        if timeout is not None:
+            check_seconds("timeout", timeout, zero=False)  # a wrong argument is none of the value's errors
         shared: Any = {} if context is None else context
         clock = asyncio.get_running_loop().time
         started = clock()
@@ -440,6 +454,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         journal: "Journal | None" = None,
         engine: "Engine | None" = None,
     ) -> list[Last | Exception]: ...
+    @advised("pipeline.map(items, concurrency=20)", MAP)
     async def map(
         self,
         items: Iterable[First] | AsyncIterable[First],
@@ -459,9 +474,10 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         share a task one after the other, so state keyed by ``asyncio.current_task()`` outlives an item.
 
         Args:
-            items: any iterable or async iterable. Generators, and async iterators with an ``aclose``, are
-                closed at the end; a file or a cursor stays the caller's.
-            concurrency: how many items are in flight at most; 5 by default. A :class:`asyncio.Semaphore`
+            items: any iterable or async iterable; a str is one of its characters, a dict one of its keys.
+                Generators, and async iterators with an ``aclose``, are closed at the end; a file or a cursor
+                stays the caller's.
+            concurrency: how many items are in flight at most; 5 by default. An :class:`asyncio.Semaphore`
                 may be given instead and shared by several calls; it is held only while an item runs.
                 A handler that maps over the same semaphore its own item holds can deadlock.
             context: each item gets a shallow copy (its ``copy()``, else :func:`copy.copy`); new dicts by
@@ -477,6 +493,9 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
             engine: an :class:`~async_pipeline.engine.Engine`, workers in other processes, or on other
                 machines, that run the items in chunks. ``concurrency`` is then that inside each chunk.
 
+        Returns:
+            The outputs, in the order of the items; with ``return_exceptions=True``, errors among them.
+
         Raises:
             BatchError: an item failed; carries ``results`` and ``failures`` by item index.
             TypeError, ValueError: ``items`` or ``concurrency`` is wrong.
@@ -487,6 +506,7 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
         batch = Batch(step, items, bound, context, timeout, progress, return_exceptions=return_exceptions)
         return cast("list[Last]", await batch.run())
 
+    @advised("pipeline.stream(items, concurrency=20)", STREAM)
     def stream(
         self,
         items: Iterable[First] | AsyncIterable[First],
@@ -659,7 +679,8 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
 
 
 def _as_steps(stages: Any) -> tuple[Step[Any, Any], ...]:
-    if isinstance(stages, (str, Stage, Pipeline)) or not isinstance(stages, Iterable):
+    # neither a set, whose order is anybody's guess, nor a mapping, of which only the keys would be looked at
+    if isinstance(stages, (str, Set, Mapping, Stage, Pipeline)) or not isinstance(stages, Iterable):
         raise TypeError(f"stages must be a list of stages, not {stages!r}; write Pipeline([fetch, parse])")
     message = "stages must hold stages, pipelines, callables, or objects with name and run"
     steps = tuple(as_step(step, message) for step in stages)
@@ -669,6 +690,10 @@ def _as_steps(stages: Any) -> tuple[Step[Any, Any], ...]:
 
 
 def _checked_middlewares(middlewares: Any) -> tuple[Middleware, ...]:
+    if callable(middlewares) or isinstance(middlewares, str):
+        raise TypeError(
+            f"middlewares must be a list of callables, not {middlewares!r}; write middlewares=[middleware]"
+        )
     checked = tuple(middlewares or ())
     for middleware in checked:
         if not callable(middleware) or isinstance(middleware, type):
@@ -676,6 +701,10 @@ def _checked_middlewares(middlewares: Any) -> tuple[Middleware, ...]:
                 "middlewares must hold callables (next, stage_name, value, context), "
                 f"not {middleware!r}; of a class, an instance"
             )
+        try:
+            check_arguments(middleware, "middleware(next, stage_name, value, context)")
+        except TypeError as error:
+            raise TypeError(f"a middleware {middleware!r} can't be used: {error}") from None
     return checked
 
 

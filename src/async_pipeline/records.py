@@ -18,6 +18,7 @@ __all__ = [
     "load_error",
     "read_json",
     "stage_names",
+    "text_of",
     "write_canonical",
     "write_json",
 ]
@@ -83,7 +84,7 @@ def _dump(error: BaseException, depth: int) -> dict[str, Any]:
         data = _parts_of(error, depth + 1)
         notes = [note for note in getattr(error, "__notes__", ()) if isinstance(note, str)]
     except Exception:  # of its attributes
-        return {"type": _type_name(type(error)), "message": _text_of(error)}
+        return {"type": _type_name(type(error)), "message": text_of(error)}
     return data | {"notes": notes} if notes else data
 
 
@@ -102,7 +103,7 @@ def _parts_of(error: BaseException, depth: int) -> dict[str, Any]:
         return {"group": error.message, "errors": [_dump(part, depth) for part in error.exceptions]}
     data = {"type": _type_name(type(error)), "traceback": _traceback_of(error)}
     args = _arguments_of(error)
-    return data | ({"message": _text_of(error)} if args is None else {"args": args})
+    return data | ({"message": text_of(error)} if args is None else {"args": args})
 
 
 def _type_name(kind: type) -> str:
@@ -113,7 +114,8 @@ def _traceback_of(error: BaseException) -> str:
     return "".join(traceback.format_tb(error.__traceback__))[-_TRACEBACK:]
 
 
-def _text_of(error: BaseException) -> str:
+def text_of(error: object) -> str:
+    """Return the text of an error, or else say that it has raised when it was asked."""
     try:
         return str(error)
     except Exception as broken:

@@ -31,7 +31,7 @@ BackoffMode = Literal["fixed", "exponential"]
 RetryOn: TypeAlias = (
     type[BaseException] | tuple[type[BaseException], ...] | Callable[[Any], bool | float | None]
 )
-"""Which errors are worth another attempt: an exception type, a tuple of them, or a predicate.
+"""Which errors are worth another attempt; an exception type, a tuple of them, or a predicate.
 
 A predicate gets the error and answers ``False`` or ``None``: no further attempt; ``True``: one after the
 policy's delay; any other number: one after exactly so many seconds, 0 for at once.
@@ -209,9 +209,11 @@ def check_retry_on(retry_on: object) -> None:
     if isinstance(retry_on, (type, tuple)):
         check_kinds("retry_on", retry_on)
     elif not callable(retry_on):
+        hint = f"; write {type(retry_on).__name__}" if isinstance(retry_on, BaseException) else ""
+        hint = "; write a tuple, (...)" if isinstance(retry_on, (list, set, frozenset)) else hint
         raise TypeError(
             "retry_on must be an exception type, a tuple of them, "
-            f"or a predicate exc -> bool | float, not {retry_on!r}"
+            f"or a predicate exc -> bool | float, not {retry_on!r}{hint}"
         )
     elif iscoroutinefunction(retry_on) or iscoroutinefunction(getattr(retry_on, "__call__", None)):  # noqa: B004
         raise TypeError(f"retry_on must be a sync predicate; it can't await: {retry_on!r}")
@@ -264,7 +266,8 @@ def _check_number(parameter: str, value: Any, what: str) -> None:
     if isinstance(value, bool):
         raise ValueError(f"{parameter} must be {what}, not {value}")
     if not isinstance(value, Real):
-        raise TypeError(f"{parameter} must be {what}, not {_kind(value)}")
+        hint = "; give its .total_seconds()" if hasattr(value, "total_seconds") else ""
+        raise TypeError(f"{parameter} must be {what}, not {_kind(value)}{hint}")
 
 
 def _check_positive(parameter: str, value: Any) -> None:

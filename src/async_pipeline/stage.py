@@ -11,7 +11,8 @@ from inspect import iscoroutinefunction
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack, cast, overload
 
-from .context import wants_context
+from .advice import STAGE, advised
+from .context import check_arguments, wants_context
 from .errors import (
     DeadlineExceeded,
     Finish,
@@ -69,14 +70,18 @@ _Async = Callable[[In], Awaitable[Out]] | Callable[[In, Any], Awaitable[Out]]
 _Sync = Callable[[In], Awaitable[Out] | Out] | Callable[[In, Any], Awaitable[Out] | Out]
 
 Call = Callable[..., Coroutine[Any, Any, Any]]
-"""``(value, context, state=None)``: how a step is run inside a run, whose ``Finish`` passes through it."""
+"""``(value, context, state=None)``; how a step is run inside a run, whose ``Finish`` passes through it."""
 
 _First = TypeVar("_First")
 _Last = TypeVar("_Last")
 
 
 class Joinable(Generic[In, Out]):
-    """What stages, pipelines and the steps of :mod:`async_pipeline.steps` share: they join with ``|``."""
+    """What stages, pipelines and the steps of :mod:`async_pipeline.steps` share: they join with ``|``.
+
+    >>> fetch | parse                              # Pipeline([fetch, parse])
+    >>> fetch | len, str.split | fetch             # a plain callable on one side becomes a Stage
+    """
 
     __slots__ = ()
 
@@ -142,7 +147,8 @@ def as_step(step: Any, message: str, name: str | None = None) -> Step[Any, Any]:
         return cast("Step[Any, Any]", step)
     if _may_be_step(step):
         return Stage(callable_name(step) if name is None else name, step)
-    raise TypeError(f"{message}, not {step!r}")
+    is_named = isinstance(step, tuple) and len(step) == 2 and isinstance(step[0], str)
+    raise TypeError(f"{message}, not {step!r}" + (f"; write Stage({step[0]!r}, ...)" if is_named else ""))
 
 
 def call_of(step: Any) -> Call:
@@ -191,8 +197,8 @@ class Stage(Joinable[In, Out]):
     >>> page = await fetch.run("https://example.org")
 
     A stage is immutable, holds no state of a run, and may be used by any number of pipelines and event
-    loops at once. With ``|`` it joins others into a pipeline. A subclass may have a ``run`` of its own;
-    pipelines then call that.
+    loops at once. Its arguments can be read as attributes. With ``|`` it joins others into a pipeline. A
+    subclass may have a ``run`` of its own; pipelines then call that.
 
     Args:
         name: what errors, hooks and middlewares call the stage.
@@ -278,6 +284,7 @@ class Stage(Joinable[In, Out]):
     def __init__(self, name: str, handler: _Async[In, Out], **options: Unpack[StageOptions]) -> None: ...
     @overload
     def __init__(self, name: str, handler: _Sync[In, Out], **options: Unpack[StageOptions]) -> None: ...
+    @advised("Stage('fetch', fetch, timeout=2.0)", STAGE)
     def __init__(
         self,
         name: str,
@@ -518,7 +525,7 @@ class Stage(Joinable[In, Out]):
         return f"{type(self).__name__}({getattr(self, 'name', None)!r}{options})"
 
 
-_DEFAULTS: dict[str, Any] = Stage.__init__.__kwdefaults__ or {}
+_DEFAULTS: dict[str, Any] = cast(Any, Stage.__init__).__wrapped__.__kwdefaults__
 
 
 def _check_name(name: object) -> None:
@@ -533,8 +540,22 @@ def _check_handler(name: str, handler: object) -> None:
             f"handler must be a callable, not the coroutine object that calling it gave: "
             f"write Stage({name!r}, {callable_name(handler)}), without ()"
         )
+    if isinstance(handler, _Staged):
+        raise TypeError(
+            f"handler must be a callable, not the decorator {handler!r}; write {handler!r}(fetch)"
+        )
     if not callable(handler):
-        raise TypeError(f"handler must be a callable (value) or (value, context), not {handler!r}")
+        raise TypeError(
+            f"handler must be a callable (value) or (value, context), not {handler!r}{_hint(handler)}"
+        )
+
+
+def _hint(handler: object) -> str:
+    if isinstance(handler, Stage):
+        return ", which is a stage already; for one that differs write stage.replace(name='fetch', retries=3)"
+    if is_step(handler):
+        return ", which is a step already, and goes where a stage does"
+    return "; write Stage('fetch', fetch), with the function itself"
 
 
 def _check_times(stage: Stage[Any, Any]) -> None:
@@ -550,11 +571,20 @@ def _check_times(stage: Stage[Any, Any]) -> None:
 
 def _check_surroundings(stage: Stage[Any, Any]) -> None:
     check_retry_on(stage.retry_on)
+    if not isinstance(stage.retry_on, (type, tuple)):
+        _check_predicate(stage.retry_on)
     check_executor(stage.executor)
     _check_limiter(stage.limiter)
     budget: object = stage.retry_budget
     if not (budget is None or isinstance(budget, RetryBudget)):
         raise TypeError(f"retry_budget must be a RetryBudget, not {budget!r}; write RetryBudget()")
+
+
+def _check_predicate(retry_on: Callable[..., Any]) -> None:
+    try:
+        check_arguments(retry_on, "retry_on(error)")
+    except TypeError as error:
+        raise TypeError(f"retry_on {retry_on!r} can't be used: {error}") from None
 
 
 def _check_limiter(limiter: object) -> None:
@@ -599,13 +629,15 @@ def staged(handler: _Async[In, Out], /) -> Stage[In, Out]: ...
 def staged(handler: _Sync[In, Out], /) -> Stage[In, Out]: ...
 @overload
 def staged(*, name: str | None = None, **options: Unpack[StageOptions]) -> "_Staged": ...
+@advised("@staged(name='fetch', timeout=2.0)")
 def staged(handler: Any = None, /, *, name: str | None = None, **options: Any) -> Any:
     """Make a function a :class:`Stage` of the same name; with or without options.
 
     >>> @staged(timeout=2.0, retries=3, backoff="exponential")
     ... async def fetch(url: str) -> bytes: ...
 
-    ``fetch`` is then a ``Stage[str, bytes]``, and the function is ``fetch.handler``.
+    ``fetch`` is then a ``Stage[str, bytes]``, which is run, not called: ``await fetch.run(url)``. The
+    function is ``fetch.handler``.
 
     Args:
         name: the stage's name; by default the function's.
@@ -614,6 +646,11 @@ def staged(handler: Any = None, /, *, name: str | None = None, **options: Any) -
     Raises:
         TypeError, ValueError: as :class:`Stage` does.
     """
+    if isinstance(handler, (str, int, float)):
+        raise TypeError(
+            f"staged takes a callable, or its options by name, not {handler!r}; "
+            "write @staged(name='fetch', timeout=2.0)"
+        )
     decorate = _Staged(name, options)
     return decorate if handler is None else decorate(handler)
 
@@ -631,6 +668,11 @@ class _Staged:
     def __call__(self, handler: _Sync[In, Out], /) -> Stage[In, Out]: ...
     def __call__(self, handler: Any, /) -> Any:
         return Stage(callable_name(handler) if self._name is None else self._name, handler, **self._options)
+
+    def __repr__(self) -> str:
+        named = {} if self._name is None else {"name": self._name}
+        options = ", ".join(f"{option}={value!r}" for option, value in (named | self._options).items())
+        return f"staged({options})"
 
 
 def callable_name(function: Any) -> str:

@@ -15,6 +15,7 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, TypeVar, cast, overload
 
+from .advice import FALLBACK, STEP, advised
 from .errors import (
     Finish,
     MissingFieldsError,
@@ -271,6 +272,7 @@ class Parallel(_Composite[In, Out]):
 
     Attributes:
         steps: the steps, by name.
+        name: what errors, hooks and pictures call it.
     """
 
     __slots__ = ("_inner", "steps")
@@ -383,6 +385,7 @@ def parallel(
     name: str = "parallel",
     **named: Step[Any, Any] | Callable[..., Any],
 ) -> Parallel[Any, dict[str, Any]]: ...
+@advised("parallel(price=find_price, stock=count_stock)")
 def parallel(
     steps: Mapping[str, Any] | None = None, /, *, name: str = "parallel", **named: Any
 ) -> Parallel[Any, dict[str, Any]]:
@@ -423,6 +426,7 @@ class Each(_Composite[In, Out]):
     Attributes:
         step: what is done with each element.
         concurrency: how many elements are in flight at most, or the semaphore that says so.
+        name: what errors, hooks and pictures call it.
     """
 
     __slots__ = ("_inner", "concurrency", "step")
@@ -451,6 +455,7 @@ class Keep(_Composite[In, Out]):
     Attributes:
         predicate: the step that decides.
         concurrency: how many elements are in flight at most, or the semaphore that says so.
+        name: what errors, hooks and pictures call it.
     """
 
     __slots__ = ("_inner", "concurrency", "predicate")
@@ -575,6 +580,7 @@ def each(
 def each(
     step: _Sync[_A, _B], concurrency: int | asyncio.Semaphore = 5, *, name: str = "each"
 ) -> Each[_Elements[_A], list[_B]]: ...
+@advised("each(fetch, concurrency=20)", STEP)
 def each(step: Any, concurrency: int | asyncio.Semaphore = 5, *, name: str = "each") -> Each[Any, Any]:
     """Make a step that runs another one on every element of its input, side by side, in order.
 
@@ -586,7 +592,7 @@ def each(step: Any, concurrency: int | asyncio.Semaphore = 5, *, name: str = "ea
 
     Args:
         step: what is done with each element.
-        concurrency: how many elements are in flight at most; 5 by default. A :class:`asyncio.Semaphore` may
+        concurrency: how many elements are in flight at most; 5 by default. An :class:`asyncio.Semaphore` may
             be given instead, and shared; an element that waits for one which a batch around it holds for
             its item can deadlock.
         name: what errors, hooks and pictures call the whole; ``"each"`` by default.
@@ -615,6 +621,7 @@ def keep(
     *,
     name: str = "keep",
 ) -> Keep[_Elements[_A], list[_A]]: ...
+@advised("keep(is_open, concurrency=20)", STEP)
 def keep(predicate: Any, concurrency: int | asyncio.Semaphore = 5, *, name: str = "keep") -> Keep[Any, Any]:
     """Make a step that keeps those elements of its input for which a predicate holds, in order.
 
@@ -642,6 +649,7 @@ class Branch(_Composite[In, Out]):
     Attributes:
         cases: pairs of a predicate and a step.
         otherwise: the step for the rest, or None.
+        name: what errors, hooks and pictures call it.
     """
 
     __slots__ = ("_inner", "_otherwise", "cases", "otherwise")
@@ -718,6 +726,7 @@ def branch(
     otherwise: _Any[_A, _B] | None = None,
     name: str = "branch",
 ) -> Branch[_A, _B]: ...
+@advised("branch((is_big, split), otherwise=keep_whole)", STEP)
 def branch(*cases: Any, otherwise: Any = None, name: str = "branch") -> Branch[Any, Any]:
     """Make a step that is one of several: the first whose predicate holds for the input.
 
@@ -745,6 +754,7 @@ class Fallback(_Composite[In, Out]):
     Attributes:
         steps: the step, and its alternatives.
         on: after which errors the next one is tried.
+        name: what errors, hooks and pictures call it.
     """
 
     __slots__ = ("_inner", "on", "steps")
@@ -813,6 +823,7 @@ def fallback(
 def fallback(
     step: _Any[_A, _B], *alternatives: _Any[_A, _B], on: _Errors = Exception, name: str = "fallback"
 ) -> Fallback[_A, _B]: ...
+@advised("fallback(ask_primary, ask_replica)", FALLBACK)
 def fallback(
     step: Any, *alternatives: Any, on: _Errors = Exception, name: str = "fallback"
 ) -> Fallback[Any, Any]:
@@ -846,6 +857,7 @@ class Require(_Composite[Any, Any]):
 
     Attributes:
         fields: the names of the fields.
+        name: what errors, hooks and pictures call it.
     """
 
     __slots__ = ("fields",)

@@ -49,6 +49,7 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         self._own_files = len(self._files())
 
     def time(self) -> float:
+        """Return the time in seconds; 0.0 when the loop was made."""
         return self._now
 
     def run_in_executor(  # type: ignore[override]  # its stub is generic in a way that differs by version

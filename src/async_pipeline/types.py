@@ -66,9 +66,11 @@ class Step(Protocol[In, Out]):
     """What a pipeline needs of a step: a name, and a way to run it. Stages and pipelines are steps."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What errors, hooks and pictures call the step."""
 
-    def run(self, value: In, /, *, context: Any = None) -> Coroutine[Any, Any, Out]: ...
+    def run(self, value: In, /, *, context: Any = None) -> Coroutine[Any, Any, Out]:
+        """Run the step on one ``value``, and return the output; ``context`` is the run's one object."""
 
 
 class Structure(NamedTuple):

@@ -562,7 +562,10 @@ class TestArguments:
 def test_without_dask_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
     monkeypatch.delitem(sys.modules, module.__name__)
-    with pytest.raises(ImportError, match=r"^Dask support requires installing async-pipeline\[dask\]$"):
+    with pytest.raises(
+        ImportError,
+        match=r"^Dask support requires installing async-pipeline\[dask\]: pip install ",
+    ):
         importlib.import_module(module.__name__)
 
 

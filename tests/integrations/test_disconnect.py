@@ -835,7 +835,8 @@ class TestWrongUse:
         monkeypatch.setitem(sys.modules, "fastapi", None)
         again: Any = importlib.util.spec_from_file_location(f"{_disconnect.__package__}._again", FILE)
         with pytest.raises(
-            ImportError, match=r"^FastAPI support requires installing async-pipeline\[fastapi\]$"
+            ImportError,
+            match=r"^FastAPI support requires installing async-pipeline\[fastapi\]: pip install ",
         ):
             again.loader.exec_module(importlib.util.module_from_spec(again))
 
@@ -1401,7 +1402,8 @@ class TestOnAServer:
                 connection.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
                 await until(lambda: log)
                 await asyncio.sleep(0.1)
-            await until(lambda: log == ["started", "cancelled"])
+            await until(lambda: len(log) > 1)
+        assert log == ["started", "cancelled"]
 
     @pytest.mark.parametrize("middlewares", [0, 1, 3])
     @pytest.mark.parametrize("is_slow", [True, False])

@@ -161,16 +161,28 @@ async def test_a_store_that_fails_ends_it_with_its_error() -> None:
         await anext(stream)
 
 
+def complaints_of_the_loop() -> list[Any]:
+    complaints: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, complaint: complaints.append(complaint))
+    return complaints
+
+
 @pytest.mark.virtual
 async def test_nothing_is_complained_of_when_it_fails_after_the_client_has_left() -> None:
+    complaints = complaints_of_the_loop()
     stream = aiter(events(from_list(JOB, OSError("disk")), show))
     await anext(stream)
     await asyncio.sleep(1)  # the next one has failed by now
     await stream.aclose()  # type: ignore[attr-defined]
+    del stream
+    gc.collect()
+    assert not complaints  # "Task exception was never retrieved"
 
 
 @pytest.mark.virtual
 async def test_nothing_is_complained_of_when_it_fails_because_the_client_has_left() -> None:
+    complaints = complaints_of_the_loop()
+
     async def changes() -> AsyncGenerator[Job, None]:
         yield JOB
         try:
@@ -184,6 +196,7 @@ async def test_nothing_is_complained_of_when_it_fails_because_the_client_has_lef
     await stream.aclose()  # type: ignore[attr-defined]
     del stream
     gc.collect()
+    assert not complaints  # "Task exception was never retrieved"
 
 
 @pytest.mark.virtual

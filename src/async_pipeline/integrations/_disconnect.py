@@ -18,7 +18,9 @@ try:
     from starlette.responses import StreamingResponse
     from starlette.types import Message, Receive, Send
 except ImportError as _missing:
-    raise ImportError("FastAPI support requires installing async-pipeline[fastapi]") from _missing
+    raise ImportError(
+        "FastAPI support requires installing async-pipeline[fastapi]: pip install 'async-pipeline[fastapi]'"
+    ) from _missing
 
 __all__ = ["ClientDisconnected", "ClosingStreamingResponse", "cancel_on_disconnect"]
 
@@ -321,6 +323,16 @@ class ClosingStreamingResponse(StreamingResponse):
     Starlette cancels what waits: the generator, if it waits for a row, and the stream ends. But if the
     server waits for a client that does not read, the generator stands at its ``yield``, hears of nothing, and
     its tasks run until the garbage collector finds it. This response closes it in its own task.
+
+    Args:
+        content: an async generator, or any iterable that a ``StreamingResponse`` takes, of str or bytes.
+        status_code: 200 by default.
+        headers: more headers; none by default.
+        media_type: what the content is, like ``"text/plain"``; not said by default.
+        background: what Starlette runs after the response; nothing by default.
+
+    Raises:
+        TypeError: a stream itself was given, instead of a generator with its ``async with`` inside.
     """
 
     def __init__(

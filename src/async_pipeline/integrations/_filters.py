@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, get_args
 
-from ..jobs import Job
+from ..jobs import Job, JobStatus
 
 __all__ = ["INTERVAL", "STATUSES", "JobFilter", "parts", "query"]
 
-STATUSES = ("accepted", "running", "successful", "failed", "dismissed")
+STATUSES: tuple[str, ...] = get_args(JobStatus)
 
 _MOMENT = (  # \d would be any digit of Unicode
     r"[12][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"

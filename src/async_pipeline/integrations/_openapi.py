@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ._filters import STATUSES
 from ._process import Process
 
 __all__ = [
@@ -27,7 +28,6 @@ _LINK = {
     "properties": {"href": _STR, "rel": _STR, "type": _STR, "title": _STR},
 }
 _LINKS = {"type": "array", "items": _LINK}
-_STATUSES = ["accepted", "running", "successful", "failed", "dismissed"]
 
 
 def _object(schema: str, required: str, /, **properties: Any) -> dict[str, Any]:
@@ -61,7 +61,7 @@ STATUS = _object(
     jobID=_STR,
     processID=_STR,
     type={"type": "string", "enum": ["process"]},
-    status={"type": "string", "enum": _STATUSES},
+    status={"type": "string", "enum": list(STATUSES)},
     message=_STR,
     progress={"type": "integer", "minimum": 0, "maximum": 100},
     created=_TIME,
@@ -104,11 +104,27 @@ def _response(description: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 def execution(process: Process) -> dict[str, Any]:
     """What is special to the execution of one process: its inputs and outputs."""
+    body = {"application/json": {"schema": _request_of(process)}}
+    return {
+        "requestBody": {"required": True, "content": body},
+        "parameters": [
+            {
+                "name": "Prefer",
+                "in": "header",
+                "required": False,
+                "description": "respond-async for a job, wait=N for one after N seconds",
+                "schema": {"type": "string", "examples": ["respond-async", "wait=5"]},
+            }
+        ],
+    }
+
+
+def _request_of(process: Process) -> dict[str, Any]:
     output = {
         "type": "object",
         "properties": {"transmissionMode": {"type": "string", "enum": ["value"]}},
     }
-    body = {
+    return {
         "title": "execute",
         "type": "object",
         "properties": {
@@ -121,18 +137,6 @@ def execution(process: Process) -> dict[str, Any]:
             "response": {"type": "string", "enum": ["raw", "document"], "default": "raw"},
         },
         "required": ["inputs"] if process.inputs_schema.get("required") else [],
-    }
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "parameters": [
-            {
-                "name": "Prefer",
-                "in": "header",
-                "required": False,
-                "description": "respond-async for a job, wait=N for one after N seconds",
-                "schema": {"type": "string", "examples": ["respond-async", "wait=5"]},
-            }
-        ],
     }
 
 

@@ -22,7 +22,9 @@ try:
     from distributed import Client
     from distributed.scheduler import KilledWorker
 except ImportError as _missing:
-    raise ImportError("Dask support requires installing async-pipeline[dask]") from _missing
+    raise ImportError(
+        "Dask support requires installing async-pipeline[dask]: pip install 'async-pipeline[dask]'"
+    ) from _missing
 
 __all__ = ["DaskEngine"]
 

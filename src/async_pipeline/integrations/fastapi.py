@@ -5,38 +5,28 @@
 
 # no postponed annotations here: FastAPI reads the hints of the endpoints
 
-import asyncio
-import json
 import re
-import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Annotated, Any
-from urllib.parse import quote
+from typing import Any
 
 try:
-    from fastapi import APIRouter, Depends, Query, Request, Response
-    from fastapi.responses import HTMLResponse, StreamingResponse
-    from pydantic import Field
-    from pydantic_core import to_jsonable_python
-    from starlette.requests import ClientDisconnect
+    from fastapi import APIRouter, Depends, Request, Response
+    from fastapi.responses import StreamingResponse
 except ImportError as _missing:
-    raise ImportError("FastAPI support requires installing async-pipeline[fastapi]") from _missing
+    raise ImportError(
+        "FastAPI support requires installing async-pipeline[fastapi]: pip install 'async-pipeline[fastapi]'"
+    ) from _missing
 
-from ..events import logger
-from ..jobs import Job, JobContext, JobRunner, with_progress
+from ..jobs import JobContext, JobRunner
 from ..middlewares.cache import Cache, MemoryCache
 from ..retry import check_seconds
-from ..stage import as_step, raise_cancellation
+from ..stage import as_step
 from ..types import Step
+from ._api import Api
 from ._descriptions import read_descriptions
 from ._disconnect import ClientDisconnected, ClosingStreamingResponse, cancel_on_disconnect
-from ._events import event_id, events
-from ._filters import INTERVAL, STATUSES, JobFilter, parts, query
-from ._jobs_page import PageProcess, page, policy
-from ._links import REL, Links
+from ._executions import Served
 from ._openapi import (
     CONFORMANCE,
     DESCRIPTION,
@@ -49,38 +39,12 @@ from ._openapi import (
     execution,
     results,
 )
-from ._problems import (
-    OGC,
-    RETRY_AFTER,
-    Problem,
-    ProblemRoute,
-    failed,
-    json_response,
-    no_such_process,
-    not_allowed,
-)
+from ._problems import ProblemRoute
 from ._process import Process
-from ._requests import ExecutionRequest, preferences, prefers_html
 
 __all__ = ["ClientDisconnected", "ClosingStreamingResponse", "cancel_on_disconnect", "processes_router"]
 
-_CONFORMS = [
-    f"http://www.opengis.net/spec/ogcapi-processes-1/1.0/conf/{name}"
-    for name in ("core", "json", "ogc-process-description", "job-list", "dismiss")
-]
-_MOST = 1000  # entries of a list in one answer
-_FAR = 2**62  # beyond the end of every list
 _NOT_ON_JOBS = ["HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"]
-_DISMISSING = 10.0  # seconds that a client waits for a handler that cleans up
-
-Limit = Annotated[int, Query(ge=1, description="at most so many; 1000 are the most")]
-Seconds = Annotated[int, Field(ge=0)]
-Offset = Annotated[int, Query(ge=0, description="without the first so many")]
-
-
-def _one_of(*values: str) -> Any:
-    """A list parameter of some values, which :func:`_check_each` checks, so that commas may part them."""
-    return Query(json_schema_extra={"items": {"type": "string", "enum": list(values)}})
 
 
 def processes_router(
@@ -135,9 +99,33 @@ def processes_router(
         TypeError: a type hint can't be read, or an argument is of the wrong type.
         ValueError: an id or a number that can't be used, or a description of what is not there.
     """
+    _check_arguments(processes, runner, context, job_context, cache, title=title, description=description)
+    said = read_descriptions(descriptions)
+    for unknown in said.keys() - processes.keys():
+        raise ValueError(f"descriptions has {unknown!r}, which is none of the processes")
+    if timeout is not None:
+        check_seconds("timeout", timeout, zero=False)
+    check_seconds("wait", wait, zero=True)
+    if cache_ttl is not None:
+        check_seconds("cache_ttl", cache_ttl, zero=False)
+    api = Api(
+        {id: Served(Process(id, _checked_step(id, one), said.get(id))) for id, one in processes.items()},
+        JobRunner(job_context=job_context) if runner is None else runner,
+        (title, description),
+    )
+    api.timeout, api.wait = timeout, wait
+    api.cache_ttl, api.cache = cache_ttl, MemoryCache() if cache is None else cache
+    router = APIRouter(route_class=ProblemRoute, lifespan=None if runner is not None else api.lifespan)
+    _add_routes(router, api, context)
+    return router
+
+
+def _check_arguments(
+    processes: object, runner: object, context: object, job_context: object, cache: object, **texts: object
+) -> None:
     if not (runner is None or isinstance(runner, JobRunner)):
         raise TypeError(f"runner must be a JobRunner, not {runner!r}; write runner=JobRunner(...)")
-    for name, text in (("title", title), ("description", description)):
+    for name, text in texts.items():
         if not isinstance(text, str):
             raise TypeError(f"{name} must be a str, not {text!r}")
     if not (context is None or callable(context)):
@@ -148,422 +136,82 @@ def processes_router(
         raise ValueError("job_context is for the router's own runner; give it to the JobRunner instead")
     if not isinstance(processes, Mapping):
         raise TypeError(f'processes must map ids to pipelines, not {processes!r}; write {{"name": pipeline}}')
-    said = read_descriptions(descriptions)
-    for unknown in said.keys() - processes.keys():
-        raise ValueError(f"descriptions has {unknown!r}, which is none of the processes")
-    if timeout is not None:
-        check_seconds("timeout", timeout, zero=False)
-    check_seconds("wait", wait, zero=True)
-    if cache_ttl is not None:
-        check_seconds("cache_ttl", cache_ttl, zero=False)
-    api = _Api(
-        {id: _Served(Process(id, _step(id, one), said.get(id))) for id, one in processes.items()},
-        JobRunner(job_context=job_context) if runner is None else runner,
-        (title, description),
-    )
-    api.timeout, api.wait = timeout, wait
-    api.cache_ttl, api.cache = cache_ttl, MemoryCache() if cache is None else cache
-    router = APIRouter(route_class=ProblemRoute, lifespan=None if runner is not None else api.lifespan)
-    api.add_routes(router, context)
-    return router
 
 
-def _step(id: str, pipeline: Any) -> Step[Any, Any]:
+def _checked_step(id: str, pipeline: Any) -> Step[Any, Any]:
     return as_step(pipeline, f"process {id!r} must be a pipeline, or any other step")
 
 
-class _Served:
-    """A process with the pipeline that tells a job how far it is, and its picture."""
-
-    def __init__(self, process: Process) -> None:
-        self.process = process
-        self.pipeline = with_progress(process.pipeline)
-        self.picture = str(process.pipeline)
-
-
-class _Execution:
-    """One execution of a process, as a step: its result is what :meth:`_Api.results` answers with."""
-
-    def __init__(
-        self, served: _Served, outputs: Collection[str], response: str, keep: Callable[[Any], Any] | None
-    ) -> None:
-        self.name = served.process.id
-        self._served = served
-        self._outputs = outputs
-        self._response = response
-        self._keep = keep
-
-    async def run(self, value: Any, *, context: Any = None) -> dict[str, Any]:
-        outputs = self._served.process.write(await self._served.pipeline.run(value, context=context))
-        if self._keep is not None:
-            await self._keep(outputs)
-        return self.select(outputs)
-
-    def select(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
-        chosen = {name: outputs[name] for name in self._outputs if name in outputs}
-        # several are an object, also when a handler has left all but one out
-        return {"outputs": chosen, "response": "document" if len(self._outputs) > 1 else self._response}
+def _add_routes(router: APIRouter, api: Api, context: Callable[..., Any] | None) -> None:
+    _add_get(router, "/", api.landing, "landing_page", answers(ok=LANDING))
+    _add_get(router, "/conformance", api.conformance, "conformance", answers(ok=CONFORMANCE))
+    _add_get(router, "/processes", api.processes, "processes", answers(400, ok=PROCESSES))
+    _add_get(router, "/processes/{process_id}", api.process, "process", answers(404, ok=DESCRIPTION))
+    names: set[str] = set()
+    for served in api.served.values():
+        name = "execute_" + re.sub(r"\W", "_", served.process.id)
+        while name in names:  # a-b and a.b
+            name += "_"
+        names.add(name)
+        _add_execution(router, api, served, context, name)
+    router.add_api_route(
+        "/processes/{process_id}/execution", api.nothing, methods=["POST"], include_in_schema=False
+    )
+    _add_get(router, "/jobs", api.jobs, "jobs", answers(400, ok=JOBS))
+    _add_job(router, api)
 
 
-class _Known:
-    """The step of a job whose result is known already."""
-
-    def __init__(self, name: str, result: Any) -> None:
-        self.name = name
-        self._result = result
-
-    async def run(self, value: Any, *, context: Any = None) -> Any:
-        return self._result
+def _add_get(
+    router: APIRouter, path: str, endpoint: Callable[..., Any], name: str, documented: dict[int | str, Any]
+) -> None:
+    router.add_api_route(path, endpoint, name=name, responses=documented, response_model=None)
 
 
-class _Api:
-    """The endpoints, and what they share."""
-
-    timeout: float | None
-    wait: float
-    cache_ttl: float | None
-    cache: Cache
-
-    def __init__(self, served: Mapping[str, _Served], runner: JobRunner, about: tuple[str, str]) -> None:
-        self.served = served
-        self.runner = runner
-        self.title, self.about = about
-        self._lifespans = 0
-
-    @asynccontextmanager
-    async def lifespan(self, app: Any) -> AsyncIterator[None]:
-        if self._lifespans:  # the router is included twice
-            yield
-            return
-        self._lifespans += 1
-        try:
-            async with self.runner:
-                yield
-        finally:
-            self._lifespans -= 1
-
-    def add_routes(self, router: APIRouter, context: Callable[..., Any] | None) -> None:
-        def get(path: str, endpoint: Callable[..., Any], name: str, ok: Any, *problems: int) -> None:
-            documented = answers(*problems, ok=ok)
-            router.add_api_route(path, endpoint, name=name, responses=documented, response_model=None)
-
-        get("/", self.landing, "landing_page", LANDING)
-        get("/conformance", self.conformance, "conformance", CONFORMANCE)
-        get("/processes", self.processes, "processes", PROCESSES, 400)
-        get("/processes/{process_id}", self.process, "process", DESCRIPTION, 404)
-        names: set[str] = set()
-        for served in self.served.values():
-            name = "execute_" + re.sub(r"\W", "_", served.process.id)
-            while name in names:  # a-b and a.b
-                name += "_"
-            names.add(name)
-            self._add_execution(router, served, context, name)
-        router.add_api_route(
-            "/processes/{process_id}/execution", self.nothing, methods=["POST"], include_in_schema=False
-        )
-        get("/jobs", self.jobs, "jobs", JOBS, 400)
-        get("/jobs/{job_id}", self.job, "job", STATUS, 404)
-        router.add_api_route(
-            "/jobs/{job_id}/results",
-            self.results,
-            name="results",
-            responses={
-                **answers(404, 410, 500, ok={}),
-                204: {"description": "no outputs were asked for"},
-            },
-            response_model=None,
-        )
-        router.add_api_route(
-            "/jobs/{job_id}/events",
-            self.events,
-            name="events",
-            responses={**answers(404, content=EVENTS), 204: {"description": "nothing is left to tell"}},
-            response_class=StreamingResponse,
-            response_model=None,
-        )
-        router.add_api_route(
-            "/jobs/{job_id}",
-            self.dismiss,
-            name="dismiss",
-            methods=["DELETE"],
-            responses={**answers(404, ok=STATUS), **answers(ok=STATUS, status=202)},
-            response_model=None,
-        )
-        # of a path with two routes, Starlette tells the methods of the first one only
-        router.add_api_route(
-            "/jobs/{job_id}", self.not_on_jobs, methods=_NOT_ON_JOBS, include_in_schema=False
-        )
-
-    def _add_execution(
-        self, router: APIRouter, served: _Served, context: Callable[..., Any] | None, name: str
-    ) -> None:
-        async def execute(request: Request) -> Response:
-            return await self.execute(served, request, None)
-
-        async def execute_in(request: Request, context: Any = Depends(context)) -> Response:  # noqa: B008
-            return await self.execute(served, request, context)
-
-        process = served.process
-        router.add_api_route(
-            f"/processes/{process.id}/execution",
-            execute if context is None else execute_in,
-            methods=["POST"],
-            name=name,
-            summary=f"Execute {process.title}",
-            responses={
-                **answers(400, 500, 503, 504, ok=results(process)),
-                **answers(ok=STATUS, status=201),
-                204: {"description": "no outputs were asked for"},
-            },
-            openapi_extra=execution(process),
-            response_model=None,
-        )
-
-    # -- what there is
-
-    async def landing(self, request: Request) -> Response:
-        links = Links(request, 1)
-        if prefers_html(",".join(request.headers.getlist("accept"))):
-            return await self._page(links)
-        found = [
-            links.link("/", "self"),
-            links.link("/", "alternate", "this page for people", "text/html"),
-            links.link("/conformance", f"{REL}conformance"),
-            links.link("/processes", f"{REL}processes"),
-            links.link("/jobs", f"{REL}job-list"),
-        ]
-        openapi = getattr(request.app, "openapi_url", None)
-        if openapi:
-            version, _, _ = request.app.openapi_version.rpartition(".")
-            found.append(
-                {
-                    "href": f"{links.origin}{links.mount}{openapi}",
-                    "rel": "service-desc",
-                    "type": f"application/vnd.oai.openapi+json;version={version}",
-                }
-            )
-        about = {"title": self.title, "description": self.about, "links": found}
-        return json_response(about, headers={"Vary": "Accept"})
-
-    async def _page(self, links: Links) -> Response:
-        processes = [
-            PageProcess(
-                process.id,
-                process.title,
-                process.summary().get("description", ""),
-                served.picture,
-                f"{links.base}/processes/{process.id}",
-            )
-            for served in self.served.values()
-            for process in (served.process,)
-        ]
-        jobs = [links.job(job) for job in await self.runner.list(limit=50)]
-        nonce = secrets.token_urlsafe(16)
-        text = page(self.title, self.about, processes, jobs, base=links.base, nonce=nonce)
-        headers = {"Vary": "Accept", "Cache-Control": "no-store", "Content-Security-Policy": policy(nonce)}
-        return HTMLResponse(text, headers=headers)
-
-    async def conformance(self) -> Response:
-        return json_response({"conformsTo": _CONFORMS})
-
-    async def processes(self, request: Request, limit: Limit = 100, offset: Offset = 0) -> Response:
-        links = Links(request, 1)
-        limit, offset = min(limit, _MOST), min(offset, _FAR)
-        found = [links.process(served.process) for served in self.served.values()]
-        pages = links.pages("/processes", {}, limit, offset, len(found) > offset + limit)
-        return json_response({"processes": found[offset : offset + limit], "links": pages})
-
-    async def process(self, request: Request, process_id: str) -> Response:
-        if process_id not in self.served:
-            raise no_such_process(process_id)
-        process = self.served[process_id].process
-        return json_response(Links(request, 2).process(process, is_whole=True))
-
-    async def nothing(self, process_id: str) -> Response:
-        raise no_such_process(process_id)
-
-    # -- execution
-
-    async def execute(self, served: _Served, request: Request, context: Any) -> Response:
-        try:
-            body = await request.body()
-        except ClientDisconnect:
-            raise ClientDisconnected from None
-        asked = ExecutionRequest(served.process, body)
-        prefers = preferences(request.headers.getlist("prefer"))
-        is_async = "respond-async" in prefers
-        wait = self._wait(prefers.get("wait"), is_async)
-        step, known = await self._step(served, asked)
-        if known is not None and wait is not None:
-            return _respond(known)
-        if wait is None:
-            job = await self.runner.submit(step, asked.value, context=context, timeout=self.timeout)
-            return self._created(request, job, is_async)
-        async with cancel_on_disconnect(request):
-            job = await self.runner.run(step, asked.value, context=context, timeout=self.timeout, wait=wait)
-        if job.status == "successful":
-            return _respond(job.result)
-        if job.error is not None:
-            raise failed(job.error, is_waiting=True)
-        return self._created(request, job, is_async)
-
-    def _created(self, request: Request, job: Job, is_async: bool) -> Response:
-        links = Links(request, 3)
-        headers = {"Location": f"{links.root}/jobs/{quote(job.id, safe='')}"}
-        if is_async:
-            headers["Preference-Applied"] = "respond-async"
-        return json_response(links.job(job), 201, headers)
-
-    def _wait(self, asked: str | None, is_async: bool) -> float | None:
-        """How long the client waits for the result; None for not at all."""
-        if asked is None or not asked.isdecimal():
-            return None if is_async else self.wait
-        return min(float(asked), self.wait)
-
-    async def _step(self, served: _Served, asked: ExecutionRequest) -> tuple[Any, dict[str, Any] | None]:
-        """What to run, and its result where that is known already."""
-        if self.cache_ttl is None:
-            return _Execution(served, asked.outputs, asked.response, None), None
-        process = served.process
-        key = json.dumps([process.id, process.version, asked.inputs], sort_keys=True)
-
-        async def keep(outputs: Any) -> None:
-            try:
-                await self.cache.set(key, outputs, ttl=self.cache_ttl)
-            except Exception as error:
-                raise_cancellation(error)
-                logger.exception("The cache could not store what %r gave; the run goes on", process.id)
-
-        step = _Execution(served, asked.outputs, asked.response, keep)
-        try:
-            outputs = await self.cache.get(key)
-        except Exception as error:
-            raise_cancellation(error)
-            logger.exception("The cache could not be asked for %r; it runs", process.id)
-            return step, None
-        if outputs is None:
-            return step, None
-        known = step.select(outputs)
-        return _Known(process.id, known), known
-
-    # -- jobs
-
-    async def jobs(
-        self,
-        request: Request,
-        limit: Limit = 100,
-        offset: Offset = 0,
-        type: Annotated[list[str], _one_of("process")] = [],  # noqa: B006 - FastAPI copies it
-        status: Annotated[list[str], _one_of(*STATUSES)] = [],  # noqa: B006
-        process_id: Annotated[list[str], Query(alias="processID")] = [],  # noqa: B006
-        datetime: Annotated[str | None, Query(pattern=INTERVAL, description="when created")] = None,
-        min_duration: Annotated[list[Seconds], Query(alias="minDuration")] = [],  # noqa: B006
-        max_duration: Annotated[list[Seconds], Query(alias="maxDuration")] = [],  # noqa: B006
-    ) -> Response:
-        limit, offset = min(limit, _MOST), min(offset, _FAR)
-        kinds, statuses, processes = parts(type), parts(status), parts(process_id)
-        _check_each("type", kinds, ("process",))
-        _check_each("status", statuses, STATUSES)
-        narrow = JobFilter(datetime, min_duration, max_duration)
-        found = await self._jobs(narrow, statuses or None, processes or None, limit + 1, offset)
-        links = Links(request, 1)
-        asked = query(
-            {
-                "type": kinds,
-                "status": statuses,
-                "processID": processes,
-                "datetime": datetime,
-                "minDuration": min_duration,
-                "maxDuration": max_duration,
-            }
-        )
-        pages = links.pages("/jobs", asked, limit, offset, len(found) > limit)
-        return json_response({"jobs": [links.job(job) for job in found[:limit]], "links": pages})
-
-    async def _jobs(
-        self, narrow: JobFilter, statuses: Any, processes: Any, limit: int, offset: int
-    ) -> list[Job]:
-        if narrow.is_all:
-            return await self.runner.list(limit=limit, offset=offset, status=statuses, pipeline=processes)
-        found: list[Job] = []
-        start = 0
-        while len(found) < offset + limit:
-            some = await self.runner.list(limit=_MOST, offset=start, status=statuses, pipeline=processes)
-            found += filter(narrow.takes, some)
-            start += _MOST
-            if len(some) < _MOST:
-                break
-        return found[offset : offset + limit]
-
-    async def job(self, request: Request, job_id: str) -> Response:
-        return json_response(Links(request, 2).job(await self.runner.get(job_id)))
-
-    async def not_on_jobs(self, request: Request, job_id: str) -> Response:
-        raise not_allowed(request.method, ("DELETE", "GET"))
-
-    async def results(self, job_id: str) -> Response:
-        job = await self.runner.get(job_id)
-        if job.error is not None:
-            raise failed(job.error, is_waiting=False)
-        if job.status == "dismissed":
-            raise Problem(410, "the job was dismissed, so that it has no results")
-        if job.status != "successful":
-            headers = {"Retry-After": str(RETRY_AFTER)}
-            kind = f"{OGC}result-not-ready"
-            raise Problem(
-                404, f"the job is {job.status}", kind=kind, title="Result not ready", headers=headers
-            )
-        return _respond(job.result)
-
-    async def events(self, request: Request, job_id: str) -> Response:
-        job = await self.runner.get(job_id)
-        if job.finished is not None and request.headers.get("last-event-id") == event_id(job):
-            return Response(status_code=204)  # which tells a browser not to connect again
-        links = Links(request, 3)
-        stream = events(self.runner.watch(job_id), links.job)
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return ClosingStreamingResponse(stream, media_type="text/event-stream", headers=headers)
-
-    async def dismiss(self, request: Request, job_id: str) -> Response:
-        links = Links(request, 2)
-        before = await self.runner.get(job_id)
-        try:
-            async with asyncio.timeout(_DISMISSING):
-                job = await self.runner.dismiss(job_id)
-        except TimeoutError:
-            return json_response(links.job(await self.runner.get(job_id)), 202)
-        if before.finished is not None:
-            removed = "the job and its results were removed"
-            job = replace(job, status="dismissed", message=removed, error=None)
-        return json_response(links.job(job))
+def _add_job(router: APIRouter, api: Api) -> None:
+    _add_get(router, "/jobs/{job_id}", api.job, "job", answers(404, ok=STATUS))
+    of_results = {**answers(404, 410, 500, ok={}), 204: {"description": "no outputs were asked for"}}
+    _add_get(router, "/jobs/{job_id}/results", api.results, "results", of_results)
+    router.add_api_route(
+        "/jobs/{job_id}/events",
+        api.events,
+        name="events",
+        responses={**answers(404, content=EVENTS), 204: {"description": "nothing is left to tell"}},
+        response_class=StreamingResponse,
+        response_model=None,
+    )
+    router.add_api_route(
+        "/jobs/{job_id}",
+        api.dismiss,
+        name="dismiss",
+        methods=["DELETE"],
+        responses={**answers(404, ok=STATUS), **answers(ok=STATUS, status=202)},
+        response_model=None,
+    )
+    # of a path with two routes, Starlette tells the methods of the first one only
+    router.add_api_route("/jobs/{job_id}", api.not_on_jobs, methods=_NOT_ON_JOBS, include_in_schema=False)
 
 
-def _check_each(parameter: str, given: Collection[str], allowed: Collection[str]) -> None:
-    if not set(given) <= set(allowed):
-        fault = {"parameter": parameter, "in": "query", "detail": f"must be one of {', '.join(allowed)}"}
-        raise Problem(400, "the request is not valid", faults=[fault])
+def _add_execution(
+    router: APIRouter, api: Api, served: Served, context: Callable[..., Any] | None, name: str
+) -> None:
+    async def execute(request: Request) -> Response:
+        return await api.execute(served, request, None)
 
+    async def execute_in(request: Request, context: Any = Depends(context)) -> Response:  # noqa: B008
+        return await api.execute(served, request, context)
 
-def _respond(result: Any) -> Response:
-    """Answer with the result of a job."""
-    if not _is_of_execution(result):  # of a job that the application has submitted itself
-        try:
-            result = to_jsonable_python(result, inf_nan_mode="null")
-        except ValueError:
-            raise Problem(500, "the result of this job has no form in JSON") from None
-        return json_response(result)
-    outputs = result["outputs"]
-    if not outputs:
-        return Response(status_code=204)
-    if len(outputs) == 1 and result["response"] == "raw":
-        (outputs,) = outputs.values()
-    return json_response(outputs)
-
-
-def _is_of_execution(result: Any) -> bool:
-    return (
-        isinstance(result, dict)
-        and result.keys() == {"outputs", "response"}
-        and isinstance(result["outputs"], dict)
-        and result["response"] in ("raw", "document")
+    process = served.process
+    router.add_api_route(
+        f"/processes/{process.id}/execution",
+        execute if context is None else execute_in,
+        methods=["POST"],
+        name=name,
+        summary=f"Execute {process.title}",
+        responses={
+            **answers(400, 500, 503, 504, ok=results(process)),
+            **answers(ok=STATUS, status=201),
+            204: {"description": "no outputs were asked for"},
+        },
+        openapi_extra=execution(process),
+        response_model=None,
     )

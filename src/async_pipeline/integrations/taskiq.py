@@ -14,49 +14,35 @@ Needs taskiq, and the package of a broker: ``pip install 'async-pipeline[taskiq]
 """
 
 import asyncio
-import contextlib
 import inspect
-import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from secrets import token_hex
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
-from ..engine import Chunk, Completion, run_chunk
+from ..engine import Chunk, Completion
 from ..errors import EngineError, WorkerLost
+from ..events import logger
 from ..pipeline import Pipeline
 from ..retry import check_count, check_seconds
 
 try:
-    from taskiq import (
-        AsyncBroker,
-        AsyncResultBackend,
-        InMemoryBroker,
-        NoResultError,
-        TaskiqEvents,
-        TaskiqResult,
-    )
-    from taskiq.depends.progress_tracker import TaskProgress
+    from taskiq import AsyncBroker, AsyncResultBackend, InMemoryBroker, TaskiqResult
     from taskiq.result_backends.dummy import DummyResultBackend
 except ImportError as _missing:
-    raise ImportError("taskiq support requires installing async-pipeline[taskiq]") from _missing
+    raise ImportError(
+        "taskiq support requires installing async-pipeline[taskiq]: pip install 'async-pipeline[taskiq]'"
+    ) from _missing
+
+from ._taskiq_worker import BEATS, PAUSE, Beat, Registered, apart, beat_of, loop_time, mark_of, worker_of
 
 __all__ = ["TaskiqEngine"]
 
-_TASK = "async_pipeline.run_chunk"
-_DEATHS = 2  # of workers by one chunk, before it is given up
-_BEATS = 4  # of a lease, while its chunk runs
 _PATIENCE = 2.5  # leases without a beat, until the client sends a chunk again
 _SHORTEST, _LONGEST = 0.01, 0.25  # seconds between two looks for results
 _SWEEP = 0.1  # seconds between two looks for all of them; chunks end about in the order they were sent
-_PAUSE = 0.1  # seconds between two attempts to reach the broker or the results
-_ANSWER = 10.0  # seconds that a worker waits for the result backend
-_GRACE = 1.0  # seconds for a call to end after it was cancelled
 _CLOSING = 5.0  # seconds to tell the workers that a batch is cancelled, or to leave a broker
 
-_logger = logging.getLogger("async_pipeline")
 _T = TypeVar("_T")
 _PipelineT = TypeVar("_PipelineT", bound=Pipeline[Any, Any])
 
@@ -132,18 +118,7 @@ class TaskiqEngine:
         outage_timeout: float = 30.0,
         allow_lossy: bool = False,
     ) -> None:
-        if not isinstance(broker, AsyncBroker):
-            raise TypeError(f"broker must be a taskiq broker, not {broker!r}")
-        if not allow_lossy and _is_lossy(broker):
-            raise ValueError(
-                f"a {type(broker).__name__} does not wait for acknowledgements, so a chunk is lost with its "
-                "worker: take RedisStreamBroker, AioPikaBroker or PullBasedJetStreamBroker, or write "
-                "TaskiqEngine(broker, allow_lossy=True)"
-            )
-        if getattr(broker, "await_inplace", False):
-            raise ValueError(
-                "with await_inplace=True a chunk would run while it is being sent; write InMemoryBroker()"
-            )
+        _check_broker(broker, allow_lossy)
         check_count("chunk_size", chunk_size, least=1, message="chunk_size must be at least 1")
         check_count("window", window, least=1, message="window must be at least 1")
         if run_id is not None and not (isinstance(run_id, str) and run_id):
@@ -158,7 +133,7 @@ class TaskiqEngine:
         self._lease = lease
         self._start_timeout = start_timeout
         self._outage_timeout = outage_timeout
-        self._worker = _worker_of(broker)
+        self._worker = worker_of(broker)
         self._batches: dict[str, _Batch] = {}
         self._entered = 0
 
@@ -185,7 +160,7 @@ class TaskiqEngine:
         known = self._worker.registered.get(name)
         if known is not None and not _is_same(known.pipeline, pipeline):
             raise ValueError(f"another pipeline is registered as {name!r}; give this one another name")
-        self._worker.registered[name] = _Registered(pipeline, name, version)
+        self._worker.registered[name] = Registered(pipeline, name, version)
         return pipeline
 
     async def __aenter__(self) -> Self:
@@ -213,7 +188,7 @@ class TaskiqEngine:
             async with asyncio.timeout(_CLOSING):
                 await self.broker.shutdown()
         except Exception as error:  # it must not hide how the block has ended
-            _logger.warning("%r could not leave its broker", self, exc_info=error)
+            logger.warning("%r could not leave its broker", self, exc_info=error)
 
     # -- for the pipeline: see the protocol Engine
 
@@ -230,7 +205,7 @@ class TaskiqEngine:
         sent.is_earlier, sent.beat = await self._ask(sent.look_back)
         if not sent.is_earlier and (sent.beat is None or not sent.beat.is_alive):
             await self._send(sent)
-        sent.since = batch.sign = _now()
+        sent.since = batch.sign = loop_time()
         batch.waiting[sent.task_id] = sent
         batch.more.set()
 
@@ -263,16 +238,16 @@ class TaskiqEngine:
             return
         mark: Any = TaskiqResult(is_err=False, return_value=None, execution_time=0.0)
         try:
-            await _apart(self.broker.result_backend.set_result(_mark_of(batch), mark), _CLOSING)
+            await apart(self.broker.result_backend.set_result(mark_of(batch), mark), _CLOSING)
         finally:
             await self._worker.cancel(batch)
 
     # -- the client's half
 
     def _batch(self, batch: str) -> "_Batch":
-        return self._batches.setdefault(batch, _Batch(_now()))
+        return self._batches.setdefault(batch, _Batch(loop_time()))
 
-    def _registered(self, pipeline: Pipeline[Any, Any]) -> "_Registered":
+    def _registered(self, pipeline: Pipeline[Any, Any]) -> Registered:
         for registered in self._worker.registered.values():
             if _is_same(registered.pipeline, pipeline):
                 return registered
@@ -309,16 +284,16 @@ class TaskiqEngine:
 
     async def _insist(self, call: Callable[[], Coroutine[Any, Any, _T]], whom: str) -> _T:
         """Call again and again while it fails, for as long as an outage may take."""
-        give_up = _now() + self._outage_timeout
+        give_up = loop_time() + self._outage_timeout
         while True:
             try:
-                return await _apart(call(), give_up - _now())
+                return await apart(call(), give_up - loop_time())
             except Exception as error:
                 cause = error if isinstance(error, TimeoutError) else error.__cause__ or error
-                if _now() + _PAUSE >= give_up or _is_mistake(cause):
+                if loop_time() + PAUSE >= give_up or _is_mistake(cause):
                     hint = "; write 'async with engine:' around it" if _is_mistake(cause) else ""
                     raise EngineError(f"{whom} can't be reached: {_text(cause)}{hint}") from error
-            await asyncio.sleep(_PAUSE)
+            await asyncio.sleep(PAUSE)
 
     async def _send(self, sent: "_Sent", *, is_copy: bool = False) -> None:
         async def kick() -> None:
@@ -350,31 +325,37 @@ class TaskiqEngine:
                 completions.append(_completion(sent, result))
                 del state.waiting[sent.task_id]
                 state.left -= 1
-                state.sign = _now()
+                state.sign = loop_time()
         return completions, len(completions) == len(asked)
 
     async def _supervise(self, state: "_Batch") -> None:
         """See now and then who lives, and send again what nobody seems to be at."""
-        now = _now()
+        now = loop_time()
         if now < state.next_look or not state.waiting:
             return
-        state.next_look = now + self._lease / _BEATS
+        state.next_look = now + self._lease / BEATS
         waiting = list(state.waiting.values())
         beats = await self._ask(lambda backend: _all(sent.record(backend) for sent in waiting))
         for sent, beat in zip(waiting, beats, strict=True):
-            if beat is not None and beat != sent.beat:
-                sent.beat, sent.since, sent.copies, state.sign = beat, now, 0, now
-                if beat.refusal is not None:
-                    raise EngineError(beat.refusal)
-                if not beat.is_alive:
-                    await self._send(sent)
-            # nobody is at it, as far as one can see; where it waits its turn, the others' beats show that
-            elif now - (state.sign if sent.beat is None else sent.since) > self._patience(sent):
-                sent.copies += 1
-                await self._send(sent, is_copy=True)
+            await self._look_after(sent, beat, state, now)
+        self._check_signs(state, now)
+
+    async def _look_after(self, sent: "_Sent", beat: Beat | None, state: "_Batch", now: float) -> None:
+        if beat is not None and beat != sent.beat:
+            sent.beat, sent.since, sent.copies, state.sign = beat, now, 0, now
+            if beat.refusal is not None:
+                raise EngineError(beat.refusal)
+            if not beat.is_alive:
+                await self._send(sent)
+        # nobody is at it, as far as one can see; where it waits its turn, the others' beats show that
+        elif now - (state.sign if sent.beat is None else sent.since) > self._patience(sent):
+            sent.copies += 1
+            await self._send(sent, is_copy=True)
+
+    def _check_signs(self, state: "_Batch", now: float) -> None:
         if now - state.sign > self._lease and not state.is_warned:
             state.is_warned = True
-            _logger.warning(
+            logger.warning(
                 "no worker has given a sign of life for %g s; is 'taskiq worker MODULE:BROKER' running? "
                 "(The batch fails after %g s without one.)",
                 self._lease,
@@ -393,40 +374,14 @@ class TaskiqEngine:
         return f"<TaskiqEngine on {type(self.broker).__name__}>"
 
 
-class _Registered(NamedTuple):
-    pipeline: Pipeline[Any, Any]
-    name: str
-    version: str
-
-
-class _Beat(NamedTuple):
-    """A sign of life of a worker, or its last word, for a chunk."""
-
-    state: (
-        str  # "claimed", "running", "ended" (its result follows), "released" (it was stopped), or "refused"
-    )
-    owner: str
-    number: int = 0
-    deaths: int = 0  # of workers before this one
-    refusal: str | None = None
-
-    @property
-    def is_alive(self) -> bool:
-        return self.state in ("claimed", "running", "ended")
-
-
-def _beat_of(progress: "TaskProgress[Any] | None") -> _Beat | None:
-    return None if progress is None else _Beat(str(progress.state), *(progress.meta or ()))
-
-
 @dataclass(slots=True)
 class _Sent:
     """A chunk that is in flight."""
 
     chunk: Chunk
-    registered: _Registered
+    registered: Registered
     is_earlier: bool = False
-    beat: _Beat | None = None
+    beat: Beat | None = None
     since: float = 0.0  # when it was sent, or when its beat has changed
     copies: int = 0  # sent since then
 
@@ -434,14 +389,14 @@ class _Sent:
     def task_id(self) -> str:
         return f"{self.registered.name}@{self.registered.version}:{self.chunk.id}"
 
-    async def look_back(self, backend: AsyncResultBackend[Any]) -> tuple[bool, _Beat | None]:
+    async def look_back(self, backend: AsyncResultBackend[Any]) -> tuple[bool, Beat | None]:
         """Return whether it has ended already, and else who was at it."""
         if await backend.is_result_ready(self.task_id):
             return True, None
         return False, await self.record(backend)
 
-    async def record(self, backend: AsyncResultBackend[Any]) -> _Beat | None:
-        return _beat_of(await backend.get_progress(self.task_id))
+    async def record(self, backend: AsyncResultBackend[Any]) -> Beat | None:
+        return beat_of(await backend.get_progress(self.task_id))
 
     async def result(self, backend: AsyncResultBackend[Any]) -> TaskiqResult[Any] | None:
         return await backend.get_result(self.task_id) if await backend.is_result_ready(self.task_id) else None
@@ -473,241 +428,25 @@ class _Batch:
     def to_ask(self) -> list[_Sent]:
         """Return the chunks whose results are to be looked for: the oldest ones, now and then all."""
         waiting = list(self.waiting.values())
-        if _now() < self.next_sweep:
+        if loop_time() < self.next_sweep:
             return waiting[: max(4, len(waiting) // 4)]
-        self.next_sweep = _now() + _SWEEP
+        self.next_sweep = loop_time() + _SWEEP
         return waiting
 
 
-# -- the workers' half
-
-
-class _RefusedError(Exception):
-    """The client is to know why a chunk can't run here."""
-
-
-class _Worker:
-    """What runs the chunks of one broker in this process."""
-
-    def __init__(self, broker: AsyncBroker) -> None:
-        self.broker = broker
-        self.registered: dict[str, _Registered] = {}
-        self.task: Any = broker.register_task(self._function(), task_name=_TASK)
-        self._running: dict[str, tuple[str, asyncio.Task[Any]]] = {}
-        broker.add_event_handler(TaskiqEvents.WORKER_SHUTDOWN, self._shutdown)
-
-    def _function(self) -> Callable[..., Any]:
-        async def run_chunk(
-            task_id: str,
-            batch: str,
-            name: str,
-            version: str,
-            lease: float,
-            outage_timeout: float,
-            is_copy: bool,
-            payload: str,
-        ) -> list[str]:
-            backend = self.broker.result_backend
-            delivery = _Delivery(backend, task_id, batch, lease, outage_timeout, is_copy)
-            return await self.run(delivery, name, version, payload)
-
-        run_chunk.worker = self  # type: ignore[attr-defined]
-        return run_chunk
-
-    async def run(self, delivery: "_Delivery", name: str, version: str, payload: str) -> list[str]:
-        """Run a chunk, unless it has ended, runs elsewhere or is not wanted any more."""
-        task_id = delivery.task_id
-        if task_id in self._running:
-            raise NoResultError  # the broker has grown impatient
-        task = cast("asyncio.Task[Any]", asyncio.current_task())
-        self._running[task_id] = delivery.batch, task
-        try:
-            return await self._run(delivery, name, version, payload)
-        except NoResultError:
-            raise
-        except asyncio.CancelledError:  # the worker is being stopped, or the batch was cancelled
-            task.uncancel()
-            raise NoResultError from None
-        except Exception as error:
-            # the client misses it, and sends it again
-            _logger.warning("a worker could not run %s", task_id, exc_info=error)
-            raise NoResultError from None
-        finally:
-            del self._running[task_id]
-
-    async def _run(self, delivery: "_Delivery", name: str, version: str, payload: str) -> list[str]:
-        if not await delivery.is_wanted():
-            raise NoResultError
-        if delivery.deaths >= _DEATHS:
-            return ["lost", f"{delivery.deaths} workers that ran it have died"]
-        try:
-            pipeline = self._find(name, version)
-            async with delivery.leased():
-                reply = await run_chunk(pipeline, payload)
-        except _RefusedError as error:
-            await delivery.say("refused", str(error))
-            raise NoResultError from None
-        await delivery.say_ended()
-        return ["reply", reply]
-
-    def _find(self, name: str, version: str) -> Pipeline[Any, Any]:
-        known = self.registered.get(name)
-        if known is None:
-            names = ", ".join(map(repr, self.registered)) or "none"
-            raise _RefusedError(
-                f"a worker does not know the pipeline {name!r} (it knows: {names}); let the module that "
-                "'taskiq worker' is given register it, or give each application a queue of its own"
-            )
-        if known.version != version:
-            raise _RefusedError(
-                f"a worker has version {known.version!r} of the pipeline {name!r}, not {version!r}; "
-                "restart the workers with the code of the client, or give each application a queue of its own"
-            )
-        return known.pipeline
-
-    async def cancel(self, batch: str) -> None:
-        """Cancel what runs in this process of a batch: with a broker in memory, that is all."""
-        await _cancelled(task for known, task in self._running.values() if known == batch)
-
-    async def _shutdown(self, _: object) -> None:
-        """Cancel what taskiq does not wait for any longer, so that others can take it up at once."""
-        await _cancelled(task for _, task in self._running.values())
-
-
-class _Delivery:
-    """One message about a chunk, in a worker: whether it is to run here, and the signs of life meanwhile."""
-
-    def __init__(
-        self,
-        backend: AsyncResultBackend[Any],
-        task_id: str,
-        batch: str,
-        lease: float,
-        outage_timeout: float,
-        is_copy: bool,
-    ) -> None:
-        self.task_id = task_id
-        self.batch = batch
-        self.deaths = 0
-        self._backend = backend
-        self._lease = lease
-        self._outage_timeout = outage_timeout
-        self._is_copy = is_copy
-        self._owner = f"{os.getpid()}-{token_hex(4)}"
-        self._number = 0
-
-    async def is_wanted(self) -> bool:
-        """Tell whether a chunk is to run here, and count the workers that have died of it."""
-        if await self._is_ready(self.task_id) or await self._is_ready(_mark_of(self.batch)):
-            return False
-        beat = await self._record()
-        if beat is not None:
-            self.deaths = beat.deaths
-            if beat.is_alive:
-                if await self._lives(beat):
-                    return False
-                self.deaths += beat.state == "running"
-                return await self._claimed()
-        return not self._is_copy or await self._claimed()
-
-    async def _lives(self, beat: _Beat) -> bool:
-        """Tell whether the worker that has begun a chunk is still at it, or has ended it."""
-        give_up = _now() + self._lease
-        while _now() < give_up:
-            await asyncio.sleep(self._lease / (2 * _BEATS))
-            if await self._is_ready(self.task_id) or await self._record() != beat:
-                return True
-        return False
-
-    async def _claimed(self) -> bool:
-        """Tell whether nobody else wants to run a chunk of which several messages are under way.
-
-        Who runs it overwrites a claim by its next beat, and so does who claims it later.
-        """
-        claim = await self.say("claimed")
-        await asyncio.sleep(2 * self._lease / _BEATS)
-        return not await self._is_ready(self.task_id) and await self._record() == claim
-
-    @contextlib.asynccontextmanager
-    async def leased(self) -> AsyncIterator[None]:
-        """Show that a chunk runs here, for as long as it does."""
-        await self.say("running")
-        beating = asyncio.create_task(self._keep_beating(cast(Any, asyncio.current_task())))
-        try:
-            yield
-        except asyncio.CancelledError:
-            await _stopped(beating)
-            await self.say("released")
-            raise
-        except Exception as error:  # the chunk was written by another version of this library, say
-            raise _RefusedError(f"a worker could not run a chunk: {error!r}") from error
-        finally:
-            await _stopped(beating)
-
-    async def _keep_beating(self, task: "asyncio.Task[Any]") -> None:
-        while True:
-            await asyncio.sleep(self._lease / _BEATS)
-            try:
-                await self.say("running")
-                is_cancelled = await self._is_ready(_mark_of(self.batch))
-            except Exception as error:
-                _logger.warning("a worker could not renew its lease of %s", self.task_id, exc_info=error)
-                continue
-            if is_cancelled:
-                task.cancel()
-                return
-
-    async def say_ended(self) -> None:
-        """Announce the result as soon as the backend can be reached: taskiq tries only once to save it."""
-        give_up = _now() + self._outage_timeout
-        while True:
-            try:
-                await self.say("ended")
-                return
-            except Exception:
-                if _now() + _PAUSE >= give_up:
-                    raise
-            await asyncio.sleep(_PAUSE)
-
-    async def say(self, state: str, refusal: str | None = None) -> _Beat:
-        self._number += 1
-        beat = _Beat(state, self._owner, self._number, self.deaths, refusal)
-        progress: Any = TaskProgress(state=state, meta=list(beat[1:]))
-        await _apart(self._backend.set_progress(self.task_id, progress), _ANSWER)
-        return beat
-
-    async def _record(self) -> _Beat | None:
-        return _beat_of(await _apart(self._backend.get_progress(self.task_id), _ANSWER))
-
-    async def _is_ready(self, task_id: str) -> bool:
-        return await _apart(self._backend.is_result_ready(task_id), _ANSWER)
-
-
-async def _stopped(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.wait([task])
-
-
-async def _cancelled(tasks: "Iterable[asyncio.Task[Any]]") -> None:
-    tasks = list(tasks)
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
-
-
-def _worker_of(broker: AsyncBroker) -> _Worker:
-    task = broker.find_task(_TASK)
-    if task is None:
-        return _Worker(broker)
-    worker = getattr(task.original_func, "worker", None)
-    if not isinstance(worker, _Worker):
-        raise ValueError(f"the broker has another task of the name {_TASK!r}; give that one another name")
-    return worker
-
-
-def _mark_of(batch: str) -> str:
-    return f"async_pipeline.cancelled:{batch}"
+def _check_broker(broker: object, allow_lossy: bool) -> None:
+    if not isinstance(broker, AsyncBroker):
+        raise TypeError(f"broker must be a taskiq broker, not {broker!r}")
+    if not allow_lossy and _is_lossy(broker):
+        raise ValueError(
+            f"a {type(broker).__name__} does not wait for acknowledgements, so a chunk is lost with its "
+            "worker: take RedisStreamBroker, AioPikaBroker or PullBasedJetStreamBroker, or write "
+            "TaskiqEngine(broker, allow_lossy=True)"
+        )
+    if getattr(broker, "await_inplace", False):
+        raise ValueError(
+            "with await_inplace=True a chunk would run while it is being sent; write InMemoryBroker()"
+        )
 
 
 def _is_lossy(broker: AsyncBroker) -> bool:
@@ -741,30 +480,3 @@ async def _all(calls: Iterable[Awaitable[_T]]) -> list[_T]:
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-async def _apart(call: Coroutine[Any, Any, _T], seconds: float) -> _T:
-    """Await a call of a broker or a result backend in a task of its own, and not for longer than that.
-
-    Some let a cancellation get lost that comes while they wait for an answer: those of redis-py do.
-    """
-    task = asyncio.create_task(call)
-    task.add_done_callback(_noted)
-    try:
-        await asyncio.wait([task], timeout=seconds)
-        if task.done():
-            return task.result()
-        raise TimeoutError(f"no answer for {seconds:g} s")
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait([task], timeout=_GRACE)
-
-
-def _noted(task: "asyncio.Task[Any]") -> None:
-    if not task.cancelled():
-        task.exception()  # nobody may be left who asks for it
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

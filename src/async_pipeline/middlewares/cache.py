@@ -22,10 +22,10 @@ class Cache(Protocol):
     """What :class:`CacheMiddleware` needs of a cache; those of aiocache have it as they are."""
 
     def get(self, key: Any, /) -> Awaitable[Any]:
-        """Return what is stored for the key; ``None`` is a miss."""
+        """Return what is stored for the ``key``; ``None`` is a miss."""
 
     def set(self, key: Any, value: Any, /, *, ttl: Any) -> Awaitable[object]:
-        """Store a value for ``ttl`` seconds, or for ever if that is ``None``."""
+        """Store a ``value`` for the ``key``, for ``ttl`` seconds, or for ever if that is ``None``."""
 
 
 class MemoryCache:
@@ -33,6 +33,12 @@ class MemoryCache:
 
     An entry expires by the clock of the running event loop, and is dropped when it is asked for after
     that. Threads may share one.
+
+    Args:
+        maxsize: the number of entries; 1024 by default.
+
+    Raises:
+        TypeError, ValueError: at construction, for a wrong ``maxsize``.
     """
 
     def __init__(self, maxsize: int = 1024) -> None:

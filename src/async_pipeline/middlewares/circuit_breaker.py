@@ -73,7 +73,7 @@ class CircuitBreakerMiddleware:
         return output
 
     def state(self, stage_name: str) -> Literal["closed", "open", "half-open"]:
-        """Return the state of a stage's circuit; ``"closed"`` for a stage that was never called."""
+        """Return the state of the circuit of ``stage_name``; ``"closed"`` if that was never called."""
         circuit = self._circuits.get(stage_name)
         return "closed" if circuit is None else circuit.state
 

@@ -15,11 +15,12 @@ __all__ = ["OpenTelemetryMiddleware", "PrometheusObserver", "ReportRecorder", "T
 _SOURCES = {
     "OpenTelemetryMiddleware": (
         "opentelemetry",
-        "OpenTelemetry support requires installing async-pipeline[otel]",
+        "OpenTelemetry support requires installing async-pipeline[otel]: pip install 'async-pipeline[otel]'",
     ),
     "PrometheusObserver": (
         "prometheus",
-        "Prometheus support requires installing async-pipeline[prometheus]",
+        "Prometheus support requires installing async-pipeline[prometheus]: "
+        "pip install 'async-pipeline[prometheus]'",
     ),
     "ReportRecorder": ("report", ""),
     "TraceRecorder": ("trace", ""),

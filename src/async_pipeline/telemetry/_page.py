@@ -6,19 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from hashlib import sha256
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..draw import to_tree
-from ..types import Part as Inner
-from ..types import Structure, structure_of
-
-if TYPE_CHECKING:
-    from .report import Facts, Group, Groups, Part, Run, Sample, Scale, Span, Timeline
+from ..types import Part, Structure, structure_of
+from ._facts import Facts, Group, Groups, Run, Sample, Scale, Span, Tally, Timeline
 
 __all__ = ["page_of"]
 
 
-def page_of(facts: "Facts", pipeline: Any = None) -> Iterator[str]:
+def page_of(facts: Facts, pipeline: Any = None) -> Iterator[str]:
     """Return the page, in pieces; ``pipeline`` is any step whose picture is to be on it, or ``None``."""
     names = [part.pipeline for part in facts.parts if part.stage is None]
     if pipeline is not None and not names:
@@ -55,7 +52,7 @@ def _section(id: str, heading: str, content: Iterable[str]) -> Iterator[str]:
     yield "</section>\n"
 
 
-def _written(facts: "Facts") -> str:
+def _written(facts: Facts) -> str:
     running = facts.total.running
     state = "" if facts.total.started else "; nothing has run"
     if running:
@@ -69,7 +66,7 @@ _SUCCEEDED, _FAILED = ("ok", "finished"), ("error", "timeout")
 _KINDS = (*_SUCCEEDED, *_FAILED, "cancelled")
 
 
-def _tiles(facts: "Facts") -> Iterator[str]:
+def _tiles(facts: Facts) -> Iterator[str]:
     total = facts.total
     ended, failed = total.latencies.count, total.counted(*_FAILED)
     ended_well, early = total.counted(*_SUCCEEDED), total.counted("finished")
@@ -102,7 +99,7 @@ _SERIES = {
 _FEWEST = 24  # bars for which there is room
 
 
-def _throughput(timeline: "Timeline") -> Iterator[str]:
+def _throughput(timeline: Timeline) -> Iterator[str]:
     if not timeline.bars:
         yield "<p>No run has ended yet.</p>\n"
         return
@@ -137,7 +134,7 @@ def _bar(index: int, bar: Mapping[str, int], width: float, peak: int) -> str:
 _DEEPEST = 4  # how far the name of a stage is indented at most
 
 
-def _stages(facts: "Facts") -> Iterator[str]:
+def _stages(facts: Facts) -> Iterator[str]:
     first, last = map(_seconds, facts.scale.ends)
     axis = f"Latency<span class=axis><span>{first}</span><span>{last}</span></span>"
     yield from _table("stages", "Stage", "Ended", "Outcomes", "Retries", "p50", "p90", "p99", "max", axis)
@@ -153,11 +150,11 @@ def _stages(facts: "Facts") -> Iterator[str]:
     yield "axis.</p>\n"
 
 
-def _as_tree(parts: "Sequence[Part]") -> "list[Part]":
+def _as_tree(parts: Sequence[Tally]) -> list[Tally]:
     """The parts as they began, but each below what it is inside of."""
     places = {part.stage: place for place, part in enumerate(parts)}
 
-    def places_above(part: "Part") -> list[int]:
+    def places_above(part: Tally) -> list[int]:
         names = [] if part.stage is None else part.stage.split("/")
         paths = ("/".join(names[:depth]) for depth in range(1, len(names) + 1))
         return [places[path] for path in paths if path in places]
@@ -165,7 +162,7 @@ def _as_tree(parts: "Sequence[Part]") -> "list[Part]":
     return sorted(parts, key=places_above)
 
 
-def _stage(part: "Part", scale: "Scale", title: str = "") -> str:
+def _stage(part: Tally, scale: Scale, title: str = "") -> str:
     told = [_dot(kind, f"{_number(part.outcomes[kind])} {kind}") for kind in _KINDS if kind in part.outcomes]
     if part.handled:
         told.append(f"<small>{_number(part.handled)} of them by on_error</small>")
@@ -195,7 +192,7 @@ def _histogram(heights: Sequence[int]) -> str:
 # -- errors and retries
 
 
-def _errors(errors: "Groups") -> Iterator[str]:
+def _errors(errors: Groups) -> Iterator[str]:
     if not errors.by_key:
         yield "<p>None.</p>\n"
         return
@@ -205,7 +202,7 @@ def _errors(errors: "Groups") -> Iterator[str]:
     yield from _end_of_groups(errors, "runs that failed")
 
 
-def _retries(retries: "Groups") -> Iterator[str]:
+def _retries(retries: Groups) -> Iterator[str]:
     if not retries.by_key:
         yield "<p>None.</p>\n"
         return
@@ -215,11 +212,11 @@ def _retries(retries: "Groups") -> Iterator[str]:
     yield from _end_of_groups(retries, "retries")
 
 
-def _ranked(groups: "Groups") -> "list[Group]":
+def _ranked(groups: Groups) -> list[Group]:
     return sorted(groups.by_key.values(), key=lambda group: -group.count)
 
 
-def _group(group: "Group", *numbers: str) -> str:
+def _group(group: Group, *numbers: str) -> str:
     stage = "<i>none</i>" if group.stage is None else _name(group.stage)
     cells = "".join(f"<td>{cell}</td>" for cell in (_name(group.error_type), *numbers))
     title = f"<th scope=row>{stage} <small>{_name(group.pipeline)}</small></th>"
@@ -227,13 +224,13 @@ def _group(group: "Group", *numbers: str) -> str:
     return f"<tbody>\n<tr>{title}{cells}</tr>\n<tr>{samples}</tr>\n</tbody>\n"
 
 
-def _sample(sample: "Sample") -> str:
+def _sample(sample: Sample) -> str:
     where = _where(sample.item_index, sample.element)
     item = "" if sample.item is None else f" <code>{_text(sample.item)}</code>"
     return f"<li><small>{where}</small>{item} <bdi dir=ltr>{_text(sample.message)}</bdi></li>"
 
 
-def _end_of_groups(groups: "Groups", what: str) -> Iterator[str]:
+def _end_of_groups(groups: Groups, what: str) -> Iterator[str]:
     yield "</table></div>\n"
     if groups.others:
         kinds = len(groups.by_key)
@@ -244,7 +241,7 @@ def _end_of_groups(groups: "Groups", what: str) -> Iterator[str]:
 # -- the slowest runs
 
 
-def _slowest(runs: "Sequence[Run]") -> Iterator[str]:
+def _slowest(runs: Sequence[Run]) -> Iterator[str]:
     yield "<p class=muted>Those that took longest, with those that are still running among them.</p>\n"
     for rank, run in enumerate(runs):
         yield f"<details{'' if rank else ' open'}><summary>{_run(run)}</summary>\n"
@@ -253,14 +250,14 @@ def _slowest(runs: "Sequence[Run]") -> Iterator[str]:
         yield "</details>\n"
 
 
-def _run(run: "Run") -> str:
+def _run(run: Run) -> str:
     outcome = run.outcome or "running"
     error = f" {_name(run.error_type)}" if run.error_type and outcome in _FAILED else ""
     where = _where(run.item_index, ())
     return f"<b>{_seconds(run.duration)}</b> {_name(run.pipeline)} {where} {_dot(outcome, outcome + error)}"
 
 
-def _waterfall(run: "Run") -> Iterator[str]:
+def _waterfall(run: Run) -> Iterator[str]:
     axis = f"<span class=axis><span>0 s</span><span>{_seconds(run.duration)}</span></span>"
     yield f"<table class=waterfall>{_columns('Stage', 'Took', axis)}"
     yield "<tbody>\n"
@@ -271,7 +268,7 @@ def _waterfall(run: "Run") -> Iterator[str]:
         yield f"<p>And {_number(run.left_out)} shorter stages.</p>\n"
 
 
-def _span(span: "Span", run: "Run") -> str:
+def _span(span: Span, run: Run) -> str:
     outcome = span.outcome or "running"
     scale = 1000 / run.duration if run.duration else 0.0
     x = max(0.0, (span.began - run.began) * scale)
@@ -308,7 +305,7 @@ class _Alone:
 def _picture(pipeline: Any) -> Iterator[str]:
     yield "<div class=scroll tabindex=0 role=region aria-labelledby=h-picture>"
     boxes = _Boxes()
-    yield from boxes.draw(Inner("stage", pipeline.name, pipeline), 0)
+    yield from boxes.draw(Part("stage", pipeline.name, pipeline), 0)
     yield "</div>\n"
     if boxes.left_out:
         yield f"<p>And {_number(boxes.left_out)} more, and what is inside them.</p>\n"
@@ -320,7 +317,7 @@ class _Boxes:
     def __init__(self) -> None:
         self.drawn = self.left_out = 0
 
-    def draw(self, part: Inner, depth: int, role: str = "") -> Iterator[str]:
+    def draw(self, part: Part, depth: int, role: str = "") -> Iterator[str]:
         self.drawn += 1
         kind, options, parts = structure_of(part.step)
         yield f"<div class=box><p>{role}{_label(part, kind, options)}</p>"
@@ -330,7 +327,7 @@ class _Boxes:
             yield "</div>"
         yield "</div>\n"
 
-    def _inside(self, kind: str, parts: Sequence[Inner], depth: int) -> Iterator[str]:
+    def _inside(self, kind: str, parts: Sequence[Part], depth: int) -> Iterator[str]:
         for index, inner in enumerate(parts):
             yield f"<div class=step>{_BETWEEN.get(kind, '') if index else ''}"
             if self.drawn >= _BOXES or depth >= _NESTED:
@@ -350,7 +347,7 @@ _ROLES = {
 }
 
 
-def _label(part: Inner, kind: str, options: Mapping[str, Any]) -> str:
+def _label(part: Part, kind: str, options: Mapping[str, Any]) -> str:
     own = part.step.name  # which the step around it may call by another: parallel(price=ask_bank)
     shown, prefix = (part.name, "") if own in (part.name, kind) else (own, f"{part.name} = ")
     return _text(_cut(prefix + to_tree(_Alone(shown, kind, options)), 2 * _LONGEST))

@@ -20,7 +20,9 @@ try:
     from opentelemetry.context import attach, create_key, detach, get_value, set_value
     from opentelemetry.trace import Span, StatusCode
 except ImportError as _missing:
-    raise ImportError("OpenTelemetry support requires installing async-pipeline[otel]") from _missing
+    raise ImportError(
+        "OpenTelemetry support requires installing async-pipeline[otel]: pip install 'async-pipeline[otel]'"
+    ) from _missing
 
 __all__ = ["OpenTelemetryMiddleware", "instrument"]
 

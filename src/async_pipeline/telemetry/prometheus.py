@@ -10,7 +10,10 @@ from ._errors import type_of
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 except ImportError as _missing:
-    raise ImportError("Prometheus support requires installing async-pipeline[prometheus]") from _missing
+    raise ImportError(
+        "Prometheus support requires installing async-pipeline[prometheus]: "
+        "pip install 'async-pipeline[prometheus]'"
+    ) from _missing
 
 __all__ = ["PrometheusObserver"]
 
