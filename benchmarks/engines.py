@@ -71,7 +71,7 @@ async def over_dask(chunk_size: int) -> AsyncIterator[Engine]:
     """Yield an engine on a cluster of two processes."""
     make_cluster: Any = LocalCluster
     connect: Any = Client
-    here = {"host": "127.0.0.1", "dashboard_address": None, "asynchronous": True}
+    here = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "asynchronous": True}
     async with (
         make_cluster(n_workers=2, threads_per_worker=1, processes=True, **here) as cluster,
         connect(cluster, asynchronous=True) as client,

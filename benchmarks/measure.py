@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from .work import Contender
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
-# nothing here ever waits, so CPU time is the time, and leaves out that of other programs; where it is counted
+# most of it never waits, so CPU time is the time, and leaves out that of other programs; where it is counted
 # in steps that are too coarse, as on Windows, the time of day has to do
 _is_fine = time.get_clock_info("process_time").resolution < 1e-5
 clock = time.process_time if _is_fine else time.perf_counter
@@ -29,31 +29,43 @@ class Ratio(NamedTuple):
         return f"{self.middle:.{digits}f}{TIMES} ({self.least:.{digits}f} to {self.most:.{digits}f})"
 
 
-def measure(contenders: Mapping[str, Contender], items: Sequence[int], rounds: int) -> dict[str, list[float]]:
-    """Return each contender's seconds in each round; all run once before the first round, to warm up."""
-    for contender in contenders.values():
-        _seconds(contender, items)
+def measure(
+    contenders: Mapping[str, Contender],
+    items: Sequence[int],
+    rounds: int,
+    clock: Callable[[], float] = clock,
+) -> dict[str, list[float]]:
+    """Return each contender's seconds in each round; all run once before the first round, to warm up.
+
+    Args:
+        contenders: the calls to compare, by name.
+        items: what each of them gets.
+        rounds: how often each of them runs.
+        clock: whose seconds count; of work that waits, ``time.perf_counter``.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
-    gc.collect()
     gc.freeze()  # what the imports left is not to be traversed in anybody's time
     try:
+        for contender in contenders.values():
+            _seconds(contender, items, clock)
+        gc.freeze()
         for _ in range(rounds):
             for name in names:
-                seconds[name].append(_seconds(contenders[name], items))
+                seconds[name].append(_seconds(contenders[name], items, clock))
             names.append(names.pop(0))  # another one goes first
     finally:
         gc.unfreeze()
     return seconds
 
 
-def _seconds(contender: Contender, items: Sequence[int]) -> float:
+def _seconds(contender: Contender, items: Sequence[int], clock: Callable[[], float]) -> float:
     gc.collect()  # nobody pays for what another one left; the collector stays on, as in any program
     with asyncio.Runner() as runner:
-        return runner.run(_timed(contender, items))
+        return runner.run(_timed(contender, items, clock))
 
 
-async def _timed(contender: Contender, items: Sequence[int]) -> float:
+async def _timed(contender: Contender, items: Sequence[int], clock: Callable[[], float]) -> float:
     started = clock()
     await contender(items)
     return clock() - started

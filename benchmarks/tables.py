@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from async_pipeline import __version__
 
-from . import by_hand, work
+from . import by_hand, comparison, page, work
+from .comparison import compare
 from .measure import TIMES, measure, micros_per_item, ratio
 from .memory import peak_bytes
-from .neighbours import find_neighbours
 from .work import Contender, one_by_one
 
 
@@ -19,14 +19,15 @@ class Effort(NamedTuple):
     runs: int  # of one value, per round
     items: int  # of a batch, per round
     rounds: int
-    neighbour_items: int
-    neighbour_rounds: int
+    few_rounds: int  # of what takes long
     counts: Sequence[int]  # of items, for cost and memory
     count_rounds: int
+    comparison: comparison.Effort
 
 
-FULL = Effort(10_000, 5_000, 25, 2_000, 5, (1_000, 10_000, 100_000, 1_000_000), 3)
-QUICK = Effort(500, 300, 5, 200, 3, (1_000, 5_000), 1)
+FULL = Effort(10_000, 5_000, 25, 5, (1_000, 10_000, 100_000, 1_000_000), 3, comparison.FULL)
+QUICK = Effort(500, 300, 5, 3, (1_000, 5_000), 1, comparison.QUICK)
+NEIGHBOURS = "neighbours"
 
 
 class Row(NamedTuple):
@@ -76,12 +77,6 @@ _OBSERVED: dict[str, tuple[Callable[[int], object], dict[str, int]]] = {
     "plain async": (work.plain, {}),
     "plain sync": (work.sync, {}),
     "with retries": (work.plain, {"retries": 2}),
-}
-
-_COLUMNS = {
-    "run": one_by_one(work.run_plain),
-    "map": work.map_items,
-    "stream": work.stream_items,
 }
 
 _GROWING = {
@@ -177,12 +172,12 @@ def _with_journal(effort: Effort, only: str) -> Iterator[str]:
     from . import journal
 
     yield f"What a journal costs at a concurrency of {journal.CONCURRENCY}, with a handler that does nothing,"
-    yield f"by the time of day ({effort.neighbour_rounds} rounds), and how long the event loop is held up at"
+    yield f"by the time of day ({effort.few_rounds} rounds), and how long the event loop is held up at"
     yield "the worst:"
     yield ""
     yield from _head("work", "µs per item", "reach", "held up, ms", "reach")
     for case in journal.CASES:
-        cost = journal.costs(case, effort.items * 4, effort.neighbour_rounds)
+        cost = journal.costs(case, effort.items * 4, effort.few_rounds)
         yield _line(
             case.title, f"{cost.micros:.1f}", f"≤ {case.reach}", f"{cost.held:.1f}", f"≤ {journal.MOST_HELD}"
         )
@@ -195,40 +190,24 @@ def _over_workers(effort: Effort, only: str) -> Iterator[str]:
     from . import engines
 
     yield "What `map` costs per item with an engine, by the time of day, with a handler that does nothing"
-    yield f"({effort.neighbour_rounds} rounds); with a `REDIS_URL` over taskiq's workers, too:"
+    yield f"({effort.few_rounds} rounds); with a `REDIS_URL` over taskiq's workers, too:"
     yield ""
     yield from _head("`map` with an engine", "items in a chunk", "µs per item", "reach")
     with engines.cases() as cases:
         for case in cases:
             count = effort.items * (case.chunk_size + 1) // 8
-            cost = engines.micros(case, count, effort.neighbour_rounds)
+            cost = engines.micros(case, count, effort.few_rounds)
             reach = engines.REACH.get((case.title, case.chunk_size))
             yield _line(case.title, str(case.chunk_size), f"{cost:.1f}", f"≤ {reach}" if reach else "")
     yield ""
 
 
 def _neighbours(effort: Effort, only: str) -> Iterator[str]:
-    columns = {title: each for title, each in _COLUMNS.items() if only in f"`{title}`"}
-    if not columns:
+    if only not in NEIGHBOURS:
         return
-    found, missing = find_neighbours()
-    yield f"Time of other libraries for the same work, ours being 1 ({effort.neighbour_rounds} rounds):"
+    yield "Other libraries, and what is written by hand:"
     yield ""
-    yield from _head("library", *(f"`{title}`" for title in columns))
-    cells = {name: dict.fromkeys(columns, "—") for name in found}
-    for title, ours in columns.items():
-        able = {name: call for name in found if (call := getattr(found[name], title)) is not None}
-        seconds = measure({"ours": ours, **able}, range(effort.neighbour_items), effort.neighbour_rounds)
-        for name in able:
-            unordered = title == "stream" and not found[name].keeps_order
-            compared = ratio(seconds[name], seconds["ours"])
-            cells[name][title] = f"{compared}, as they finish" if unordered else str(compared)
-    for name in found:
-        yield _line(name, *cells[name].values())
-    yield ""
-    if missing:
-        yield f"Not installed, so left out: {', '.join(missing)}."
-        yield ""
+    yield from page.lines(compare(effort.comparison))
 
 
 def _growth(effort: Effort, only: str) -> Iterator[str]:
