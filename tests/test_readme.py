@@ -109,11 +109,6 @@ def test_python_blocks_of_the_docs(path: Path, capsys: pytest.CaptureFixture[str
     check_blocks(path, capsys)
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
-def test_the_docs_are_linked_from_the_readme(path: Path) -> None:
-    assert f"(docs/{path.name})" in README.read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
 def test_every_fence_is_found(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
