@@ -1544,6 +1544,7 @@ def test_items_that_are_not_those_of_the_journal(here: Cli) -> None:
     code, out, err = here(*run, stdin=numbers(5, 2))
     assert (code, out) == (1, "")
     assert err.startswith("async-pipeline: item 0 is not the one that the journal ")
+    assert err.endswith(" (--run-id)\n")
     assert err.count("\n") == 1
 
 

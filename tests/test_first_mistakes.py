@@ -29,6 +29,8 @@ from async_pipeline import (
     staged,
 )
 from async_pipeline.advice import FALLBACK, MAP, PIPELINE, STAGE, STEP, STREAM, advised
+from async_pipeline.jobs import JobRunner
+from async_pipeline.journal import Journal
 
 
 async def fetch(url: str) -> str:
@@ -80,6 +82,7 @@ any_each: Any = each
 any_keep: Any = keep
 any_branch: Any = branch
 any_fallback: Any = fallback
+AnyJournal: Any = Journal
 
 
 class Case:
@@ -198,6 +201,11 @@ CASES = [
     Case("any_fallback()", "'step'; write fallback(ask_primary, ask_replica)"),
     Case("any_fallback(stage, default=5)", "a default is one more step: fallback(fetch, lambda value: None)"),
     Case("any_fallback(stage, exceptions=OSError)", "did you mean 'on'?"),
+    Case("stage | any_each", "but each makes a step: write each(...)"),
+    Case("AnyPipeline([fetch, require])", "but require makes a step: write require(...)"),
+    # a journal
+    Case("AnyJournal(5)", "path must be a str or an os.PathLike, not 5; write Journal('batch.db')"),
+    Case("AnyJournal(b'batch.db')", "path must be a str or an os.PathLike, not b'batch.db'"),
 ]
 
 
@@ -483,6 +491,17 @@ def test_a_name_whose_extra_is_missing(name: str) -> None:
         [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60
     )
     assert ": pip install 'async-pipeline[" in done.stderr.strip().splitlines()[-1]
+
+
+async def test_a_job_in_place_of_its_id() -> None:
+    async with JobRunner() as jobs:
+        any_jobs: Any = jobs
+        job = await jobs.submit(pipeline, "a")
+        for call in (any_jobs.get, any_jobs.dismiss, lambda job: anext(any_jobs.watch(job))):
+            with pytest.raises(TypeError, match=r"^job_id must be a str, not Job\(.*\); write job\.id$"):
+                await call(job)
+        with pytest.raises(TypeError, match=r"^job_id must be a str, not 5$"):
+            await any_jobs.get(5)
 
 
 class TestNames:

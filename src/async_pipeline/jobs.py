@@ -465,6 +465,7 @@ class JobRunner:
             JobNotFound: there is none, or no longer.
             JobRunnerClosed: the runner was never entered; or it was left, and its store is shared.
         """
+        _check_job_id(job_id)
         self._check_entered()
         run = self._runs.get(job_id)
         job = await self._store.get(job_id) if run is None else run.job
@@ -488,6 +489,7 @@ class JobRunner:
             JobNotFound: there is none, or no longer.
             JobRunnerClosed: the runner was left, or never entered, and the job is one of another process.
         """
+        _check_job_id(job_id)
         self._check_loop()
         is_asked = False
         while True:
@@ -867,6 +869,12 @@ class JobRunner:
             await asyncio.wait((self._poller,))
         self._poller = self._eviction = None
         await self._store.aclose()
+
+
+def _check_job_id(job_id: object) -> None:
+    if not isinstance(job_id, str):
+        hint = "; write job.id" if isinstance(job_id, Job) else ""
+        raise TypeError(f"job_id must be a str, not {job_id!r}{hint}")
 
 
 def _closed(job: Job) -> dict[str, Any]:

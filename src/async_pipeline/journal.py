@@ -97,6 +97,8 @@ class Journal:
         retry_failed: bool = True,
         synchronous: Literal["NORMAL", "FULL"] = "NORMAL",
     ) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path must be a str or an os.PathLike, not {path!r}; write Journal('batch.db')")
         name = os.fsdecode(path)
         if name in ("", ":memory:"):
             raise ValueError(

@@ -544,6 +544,9 @@ def _check_handler(name: str, handler: object) -> None:
         raise TypeError(
             f"handler must be a callable, not the decorator {handler!r}; write {handler!r}(fetch)"
         )
+    if getattr(handler, "__module__", None) == "async_pipeline.steps":
+        makes = callable_name(handler)
+        raise TypeError(f"handler must be a callable, but {makes} makes a step: write {makes}(...)")
     if not callable(handler):
         raise TypeError(
             f"handler must be a callable (value) or (value, context), not {handler!r}{_hint(handler)}"

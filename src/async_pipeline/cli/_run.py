@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import JournalError
+from ..errors import JournalError, JournalMismatch
 from ..pipeline import Pipeline
 from ._batch import Batch
 from ._command import FAILED, CommandError, add_command, say
@@ -176,7 +176,8 @@ def _run(options: argparse.Namespace) -> int:
         try:
             code = asyncio.run(Batch(options, step, source, output, errors).run())
         except JournalError as error:
-            raise CommandError(str(error), FAILED) from None
+            hint = " (--run-id)" if isinstance(error, JournalMismatch) else ""
+            raise CommandError(f"{error}{hint}", FAILED) from None
         finally:
             are_written = [recording.write(pipeline) for recording in recordings]
         return code if all(are_written) else code or FAILED
