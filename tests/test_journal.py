@@ -621,7 +621,7 @@ class TestArguments:
         [
             ({"path": ":memory:"}, ValueError, "must be that of a file"),
             ({"path": ""}, ValueError, "must be that of a file"),
-            ({"path": 1.5}, TypeError, "float"),
+            ({"path": 1.5}, TypeError, "path must be a str or an os.PathLike, not 1.5"),
             ({"run_id": ""}, TypeError, "run_id must be a str that is not empty"),
             ({"run_id": 7}, TypeError, "run_id must be a str"),
             ({"key": "id"}, TypeError, "key must be a sync callable"),

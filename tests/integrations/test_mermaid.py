@@ -56,6 +56,9 @@ def named(name: str, **options: Any) -> Stage[Any, Any]:
 def log(name: str, value: Any) -> None: ...
 
 
+def is_worth_it(error: Exception) -> None: ...
+
+
 def parts_within(part: Part) -> Iterator[Part]:
     """The part itself, and all inside it."""
     yield part
@@ -279,7 +282,7 @@ stages = st.builds(
     retries=st.integers(0, 3),
     retry_delay=st.sampled_from([0, 1.5]),
     backoff=st.sampled_from(["fixed", "exponential"]),
-    retry_on=st.sampled_from([Exception, (OSError, TimeoutError), log]),
+    retry_on=st.sampled_from([Exception, (OSError, TimeoutError), is_worth_it]),
 )
 
 
