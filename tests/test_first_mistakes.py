@@ -2,15 +2,17 @@
 
 import asyncio
 import copy
+import functools
 import inspect
 import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -54,6 +56,13 @@ class Client:
 
     def put_into(self, context: dict[str, object]) -> None:
         context["client"] = self
+
+
+class Odd:
+    """Has every attribute, and none."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
 
 
 def numbers() -> Iterator[int]:
@@ -201,6 +210,9 @@ CASES = [
     Case("any_fallback()", "'step'; write fallback(ask_primary, ask_replica)"),
     Case("any_fallback(stage, default=5)", "a default is one more step: fallback(fetch, lambda value: None)"),
     Case("any_fallback(stage, exceptions=OSError)", "did you mean 'on'?"),
+    Case("any_branch((parse, stage), workers=3)", "'workers'; it takes "),
+    Case("any_each(stage, default=3)", "'default'; it takes step, concurrency"),
+    Case("AnyStage('all', each(stage))", "which is a step already, and goes where a stage does"),
     Case("stage | any_each", "but each makes a step: write each(...)"),
     Case("AnyPipeline([fetch, require])", "but require makes a step: write require(...)"),
     # a journal
@@ -236,6 +248,16 @@ class TestMap:
         with pytest.raises(TypeError) as raised:
             await call()
         assert words in str(raised.value)
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="inspect.markcoroutinefunction is of Python 3.12")
+    def test_the_answer_comes_with_the_call(self) -> None:
+        with pytest.raises(TypeError, match="did you mean 'concurrency'"):
+            any_pipeline.map([], limit=5)
+
+    @pytest.mark.parametrize("items", [functools.partial(numbers), Client().load, Odd()], ids=repr)
+    async def test_a_callable_instead_of_items(self, items: Any) -> None:
+        with pytest.raises(TypeError, match=r"^items must be an iterable or an async iterable, not \w+$"):
+            await pipeline.map(items)
 
     async def test_a_task_instead_of_items(self) -> None:
         task: Any = asyncio.ensure_future(fetch("a"))  # Python would iterate it
@@ -300,6 +322,19 @@ class TestGeneratorTwice:
         assert sorted([*halves[0], *halves[1]]) == [*range(0, 20, 2)]
         assert all(halves)
 
+    async def test_one_that_could_not_be_closed_goes_on(self) -> None:
+        def stubborn() -> Iterator[str]:
+            try:
+                yield "a"
+            except GeneratorExit:
+                yield "ignored"
+            yield "b"
+
+        items = stubborn()
+        with pytest.raises(BatchError):
+            await Pipeline([lambda item: 1 / 0]).map(items)
+        assert await Pipeline([str]).map(items) == ["b"]
+
     async def test_one_that_is_used_up_otherwise_is_empty(self) -> None:
         items = numbers()
         assert [*items] == [1, 2]
@@ -344,16 +379,12 @@ class TestStream:
         with pytest.raises(TypeError, match=r"with async with: async with pipeline\.stream\(items\)"), stream:
             pytest.fail("it was entered")
 
-    async def test_iterated_by_for(self) -> None:
+    def test_iterated_by_for(self) -> None:
         stream: Any = pipeline.stream("ab")
-        for wrong in (list, iter):
-            with pytest.raises(TypeError, match=r"iterated with async for: async with pipeline\.stream\("):
-                wrong(stream)
+        assert not isinstance(stream, Iterable)  # httpx would take it for a sync body
+        with pytest.raises(TypeError, match="not iterable"):
+            iter(stream)
         assert repr(stream.outcomes()) == f"<outcomes of {stream!r}>"
-        async with stream as results:
-            with pytest.raises(TypeError, match=r"iterated with async for"):
-                list(results)
-            assert [value async for value in results] == ["a!", "b!"]
 
     async def test_is_an_async_source_all_the_same(self) -> None:
         async with pipeline.stream("ab") as results:
@@ -508,6 +539,78 @@ async def test_a_job_in_place_of_its_id() -> None:
                 await call(job)
         with pytest.raises(TypeError, match=r"^job_id must be a str, not 5$"):
             await any_jobs.get(5)
+
+
+def injected(function: Any) -> Any:
+    """Give it one argument more."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return function("injected", *args)
+
+    return call
+
+
+@injected
+async def marked(mark: str, next_stage: Any, name: str, value: str, context: object) -> str:
+    return f"{mark} {await next_stage(value)}"
+
+
+@injected
+def is_transient(mark: str, error: Exception) -> bool:
+    return bool(mark)
+
+
+class Dispatching:
+    @functools.singledispatchmethod
+    def middleware(self, next_stage: Any, name: str, value: str, context: object) -> Any:
+        return next_stage(value)
+
+    @functools.singledispatchmethod
+    def is_transient(self, error: Exception) -> bool:
+        return True
+
+    @functools.singledispatchmethod
+    def handler(self, value: str, context: object = None) -> str:
+        return value
+
+
+class TestWhatIsRight:
+    """And looks like a mistake."""
+
+    @pytest.mark.parametrize("middleware", [marked, Dispatching().middleware, Mock(spec=marked)], ids=repr)
+    def test_middlewares_that_wrap_others(self, middleware: Any) -> None:
+        assert Pipeline([fetch], middlewares=[middleware]).middlewares == (middleware,)
+
+    async def test_a_middleware_that_is_given_one_argument_more(self) -> None:
+        assert await Pipeline([fetch], middlewares=[marked]).run("a") == "injected a!"
+
+    @pytest.mark.parametrize("retry_on", [is_transient, Dispatching().is_transient], ids=repr)
+    def test_predicates_that_wrap_others(self, retry_on: Any) -> None:
+        assert Stage("fetch", fetch, retry_on=retry_on).retry_on is retry_on
+
+    async def test_a_handler_that_wraps_others(self) -> None:
+        assert await Stage("value", Dispatching().handler).run("a") == "a"
+
+    async def test_a_method_that_is_called_on_the_value_with_the_context(self) -> None:
+        step: Any = AnyStage("put", Client.load_into, pass_context=True)
+        with pytest.raises(StageExecutionError):  # but it is what was asked for
+            await step.run("a", context={})
+
+    async def test_the_run_of_a_step_is_a_handler(self) -> None:
+        assert await Stage("all", each(fetch).run, timeout=1).run(["a"]) == ["a!"]
+
+    def test_callable_lists_and_ordered_sets(self) -> None:
+        class Registry(list[Any]):
+            def __call__(self, middleware: Any) -> Any:
+                self.append(middleware)
+                return middleware
+
+        registry = Registry()
+        registry(marked)
+        assert Pipeline([fetch], middlewares=registry).middlewares == (marked,)
+        stages: Any = dict.fromkeys([stage]).keys()
+        assert Pipeline(stages).stages == (stage,)
 
 
 class TestNames:

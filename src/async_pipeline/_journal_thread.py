@@ -119,6 +119,8 @@ async def _to_its_end(future: "asyncio.Future[T]") -> T:
     """Wait for what can't be stopped; a cancellation is raised afterwards."""
     try:
         await until_ended(future)
-    finally:
-        future.exception()  # seen, also where a cancellation is raised
+    except asyncio.CancelledError:
+        if not future.cancelled():
+            future.exception()  # seen
+        raise
     return future.result()

@@ -1,8 +1,9 @@
 """Answers to calls that Python refuses: which option was meant, or how the call is written."""
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from inspect import CO_VARKEYWORDS, iscoroutinefunction
 from typing import Any, TypeVar, cast
 
 __all__ = ["FALLBACK", "MAP", "PIPELINE", "STAGE", "STEP", "STREAM", "advised"]
@@ -82,7 +83,7 @@ def advised(right: str, meant: Mapping[str, str] | None = None) -> Callable[[_Fu
     def decorate(function: Any) -> Any:
         code = function.__code__
         options = code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
-        takes_any = bool(code.co_flags & CO_VARKEYWORDS)
+        takes_any = bool(code.co_flags & inspect.CO_VARKEYWORDS)
 
         @functools.wraps(function)
         def call(*args: Any, **given: Any) -> Any:
@@ -97,14 +98,21 @@ def advised(right: str, meant: Mapping[str, str] | None = None) -> Callable[[_Fu
                     raise TypeError(_said(error) + _about(wrong, options, meant or {})) from None
                 raise
 
-        @functools.wraps(function)
-        async def call_and_wait(*args: Any, **given: Any) -> Any:
-            return await call(*args, **given)
-
-        # who asks whether it is async shall get the same answer
-        return call_and_wait if iscoroutinefunction(function) else call
+        return _as_async(function, call) if inspect.iscoroutinefunction(function) else call
 
     return decorate
+
+
+def _as_async(function: Any, call: Any) -> Any:
+    """Let who asks whether it is async, like ``create_autospec``, get the same answer as of ``function``."""
+    if sys.version_info >= (3, 12):
+        return inspect.markcoroutinefunction(call)  # which raises when it is called, not when it is awaited
+
+    @functools.wraps(function)
+    async def call_and_wait(*args: Any, **given: Any) -> Any:
+        return await call(*args, **given)
+
+    return call_and_wait
 
 
 def _said(error: TypeError) -> str:
@@ -115,6 +123,8 @@ def _about(wrong: str, options: Sequence[str], meant: Mapping[str, str]) -> str:
     from difflib import get_close_matches
 
     known = next((answer for names, answer in meant.items() if wrong in names.split()), None)
+    if known is not None and known.isidentifier() and known not in options:
+        known = None  # of another function that the table is for
     guess = known or next(iter(get_close_matches(wrong, options, 1)), None)
     if guess is None:
         return f"; it takes {', '.join(option for option in options if option != 'self')}"

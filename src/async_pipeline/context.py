@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = [
     "check_arguments",
+    "check_own_arguments",
     "copier",
     "current_item_key",
     "get_entry",
@@ -112,11 +113,11 @@ def wants_context(function: Callable[..., Any], shape: str) -> bool:
     else:
         wanted = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
     # Person.full_name(self) is called on the value, like str.split; of two arguments, one is not the self
-    if wanted and positional[given:] and positional[0].name == "self":  # noqa: SIM102
+    if wanted and _is_plain(function) and positional[given:] and positional[0].name == "self":  # noqa: SIM102
         if positional[given].name not in _CONTEXT_NAMES:
             raise TypeError(
                 "it is a method, but of no instance: write instance.method; within a class, no @staged, "
-                "but Stage('name', self.method)"
+                "but Stage('name', self.method); or say by pass_context= whether it takes the context"
             )
     try:
         signature.bind(*(None,) * (given + wanted))
@@ -140,6 +141,19 @@ def check_arguments(function: Callable[..., Any], shape: str) -> None:
             raise TypeError(f"it must take {shape}, not {signature}: {error}") from None
 
 
+def check_own_arguments(function: Callable[..., Any], shape: str) -> None:
+    """Raise as :func:`check_arguments` does, for functions and methods that wrap no other one.
+
+    What a wrapper adds to the arguments that it is given is its own affair.
+    """
+    if _is_plain(function):
+        check_arguments(function, shape)
+
+
+def _is_plain(function: object) -> bool:
+    return type(function) in (FunctionType, MethodType) and not hasattr(function, "__wrapped__")
+
+
 def _python_signature(function: Any) -> inspect.Signature | None:
     """The signature of Python code, without evaluating its annotations; None for a class or C code."""
     if isinstance(function, type):
@@ -151,7 +165,8 @@ def _python_signature(function: Any) -> inspect.Signature | None:
         )
     if isinstance(function, MethodType):
         return _rest(_python_signature(function.__func__), lambda f: MethodType(f, function.__self__))
-    signature = _own_signature(function) if isinstance(function, FunctionType) else None
+    # of the type itself: a Mock(spec=function) says that it is one
+    signature = _own_signature(function) if type(function) is FunctionType else None
     wrapped = getattr(function, "__wrapped__", None)  # functools.cache is C around Python
     if callable(wrapped) and (signature is None or _takes_any(signature)):
         return _python_signature(wrapped)

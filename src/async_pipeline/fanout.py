@@ -20,7 +20,7 @@ from contextvars import Context, copy_context
 from functools import partial
 from inspect import isasyncgenfunction, isgeneratorfunction
 from numbers import Real
-from types import AsyncGeneratorType, GeneratorType, TracebackType
+from types import AsyncGeneratorType, FunctionType, GeneratorType, MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
 from weakref import WeakSet
 
@@ -665,9 +665,6 @@ class Stream(FanOut, Generic[Out]):
 
         def __exit__(self, *error: object) -> None: ...
 
-        def __iter__(self) -> None:
-            raise TypeError(f"a stream is iterated with async for: {_HOW_TO_ITERATE}")
-
     async def __anext__(self) -> Out:
         _, _, value, error, _, _ = self._pop() or await self._wait_for_record()
         if error is not None:
@@ -776,7 +773,7 @@ def _runtime_error(text: str, cause: BaseException) -> RuntimeError:
 
 def check_items(what: str, items: object) -> None:
     """Raise for anything that can't be iterated; ``what`` begins the message."""
-    if type(items) in (GeneratorType, AsyncGeneratorType) and items in _closed:
+    if type(items) in (GeneratorType, AsyncGeneratorType) and items in _closed and _has_ended(items):
         raise ValueError(
             f"{what} must not be a generator that was in a map, stream or each before, and has nothing left; "
             "call its function again, or make a list of it first"
@@ -790,9 +787,16 @@ def check_items(what: str, items: object) -> None:
         items.close()  # or Python would also warn that it was never awaited
         raise TypeError(f"{what} must be an iterable, not {items!r}: await it first")
     kind = type(items).__name__
-    if isgeneratorfunction(items) or isasyncgenfunction(items):
+    if isinstance(items, (FunctionType, MethodType)) and (
+        isgeneratorfunction(items) or isasyncgenfunction(items)
+    ):
         kind = f"a function that makes one: write {items.__name__}()"
     raise TypeError(f"{what} must be an iterable or an async iterable, not {kind}")
+
+
+def _has_ended(generator: Any) -> bool:
+    # one that ignores the GeneratorExit of its close() goes on
+    return getattr(generator, "gi_frame", getattr(generator, "ag_frame", None)) is None
 
 
 def check_concurrency(concurrency: object) -> None:

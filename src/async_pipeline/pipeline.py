@@ -1,13 +1,13 @@
 """A pipeline: steps in a row, one context per run."""
 
 import asyncio
-from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence, Set
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, cast, overload
 
 from .advice import MAP, PIPELINE, STREAM, advised
-from .context import check_arguments
+from .context import check_own_arguments
 from .errors import (
     Finish,
     StageExecutionError,
@@ -680,7 +680,9 @@ class Pipeline(Joinable[First, Last], Generic[First, Last, ContextT]):
 
 def _as_steps(stages: Any) -> tuple[Step[Any, Any], ...]:
     # neither a set, whose order is anybody's guess, nor a mapping, of which only the keys would be looked at
-    if isinstance(stages, (str, Set, Mapping, Stage, Pipeline)) or not isinstance(stages, Iterable):
+    if isinstance(stages, (str, set, frozenset, Mapping, Stage, Pipeline)) or not isinstance(
+        stages, Iterable
+    ):
         raise TypeError(f"stages must be a list of stages, not {stages!r}; write Pipeline([fetch, parse])")
     message = "stages must hold stages, pipelines, callables, or objects with name and run"
     steps = tuple(as_step(step, message) for step in stages)
@@ -690,7 +692,7 @@ def _as_steps(stages: Any) -> tuple[Step[Any, Any], ...]:
 
 
 def _checked_middlewares(middlewares: Any) -> tuple[Middleware, ...]:
-    if callable(middlewares) or isinstance(middlewares, str):
+    if isinstance(middlewares, str) or (callable(middlewares) and not isinstance(middlewares, Iterable)):
         raise TypeError(
             f"middlewares must be a list of callables, not {middlewares!r}; write middlewares=[middleware]"
         )
@@ -702,7 +704,7 @@ def _checked_middlewares(middlewares: Any) -> tuple[Middleware, ...]:
                 f"not {middleware!r}; of a class, an instance"
             )
         try:
-            check_arguments(middleware, "middleware(next, stage_name, value, context)")
+            check_own_arguments(middleware, "middleware(next, stage_name, value, context)")
         except TypeError as error:
             raise TypeError(f"a middleware {middleware!r} can't be used: {error}") from None
     return checked

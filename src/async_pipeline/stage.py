@@ -9,10 +9,11 @@ from concurrent.futures import BrokenExecutor, Executor
 from contextlib import AbstractAsyncContextManager, _AsyncGeneratorContextManager
 from inspect import iscoroutinefunction
 from itertools import chain
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack, cast, overload
 
 from .advice import STAGE, advised
-from .context import check_arguments, wants_context
+from .context import check_own_arguments, wants_context
 from .errors import (
     DeadlineExceeded,
     Finish,
@@ -544,7 +545,7 @@ def _check_handler(name: str, handler: object) -> None:
         raise TypeError(
             f"handler must be a callable, not the decorator {handler!r}; write {handler!r}(fetch)"
         )
-    if getattr(handler, "__module__", None) == "async_pipeline.steps":
+    if isinstance(handler, FunctionType) and handler.__module__ == "async_pipeline.steps":
         makes = callable_name(handler)
         raise TypeError(f"handler must be a callable, but {makes} makes a step: write {makes}(...)")
     if not callable(handler):
@@ -585,7 +586,7 @@ def _check_surroundings(stage: Stage[Any, Any]) -> None:
 
 def _check_predicate(retry_on: Callable[..., Any]) -> None:
     try:
-        check_arguments(retry_on, "retry_on(error)")
+        check_own_arguments(retry_on, "retry_on(error)")
     except TypeError as error:
         raise TypeError(f"retry_on {retry_on!r} can't be used: {error}") from None
 
