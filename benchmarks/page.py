@@ -66,7 +66,10 @@ def lines(comparison: Comparison) -> Iterator[str]:
     effort = comparison.effort
     python = f"{platform.python_implementation()} {platform.python_version()}"
     yield f"{python} on {platform.system()} {platform.machine()}. Costs are medians of {effort.rounds}"
-    yield f"interleaved rounds, the others of {effort.times}; in brackets stand the smallest and the largest."
+    yield (
+        f"interleaved rounds, the others of {effort.times}, growth of {min(3, effort.rounds)}; memory is "
+        "measured once. In brackets stand the smallest and the largest."
+    )
     yield "A ratio is to the first line of its table, in the same round."
     if comparison.missing:
         yield f"Not installed, so left out: {', '.join(comparison.missing)}."
@@ -215,7 +218,7 @@ def _lost_rows(comparison: Comparison) -> Iterator[str]:
         yield "In this run no other library did better in any row."
         yield ""
         return
-    yield "Where other libraries did better in this run:"
+    yield "Where other libraries did better in this run (by more than 5 %, by the time of day 25 %):"
     yield ""
     for row in dict.fromkeys(each.row for each in rows):
         names = ", ".join(f"{each.who} {each.by}" for each in rows if each.row == row)

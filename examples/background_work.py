@@ -2,7 +2,7 @@
 
     python examples/background_work.py    # then open http://127.0.0.1:8000/docs, and http://127.0.0.1:8000/api/
 
-It needs ``pip install async-pipeline[fastapi] uvicorn httpx``. ``docs/background-work.md`` sets each case
+It needs ``pip install 'async-pipeline[fastapi]' uvicorn httpx``. ``docs/background-work.md`` sets each case
 beside the same one with ``BackgroundTasks``. Of the environment, ``DATA`` is the folder of its files,
 ``MAIL_SERVER`` that which sends the mail, and ``WEATHER_URL`` that which answers ``/weather?city=Oslo``.
 """

@@ -1,7 +1,7 @@
 """A CSV file into a database; rows that can't be used go to a file of their own, with line and reason.
 
-    python3 examples/csv_to_database.py                  # examples/data/peaks.csv into peaks.db
-    python3 examples/csv_to_database.py upload.csv --database peaks.db --rejected rejected.csv
+    python examples/csv_to_database.py                  # examples/data/peaks.csv into peaks.db
+    python examples/csv_to_database.py upload.csv --database peaks.db --rejected rejected.csv
 
 It prints ``19 rows: 14 loaded, 5 rejected, see peaks.rejected.csv``, and that file is then:
 

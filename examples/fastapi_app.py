@@ -2,7 +2,7 @@
 
     python examples/fastapi_app.py            # then open http://127.0.0.1:8000/api/ and http://127.0.0.1:8000/docs
 
-It needs ``pip install async-pipeline[fastapi] uvicorn``. For several workers that answer for each other's
+It needs ``pip install 'async-pipeline[fastapi]' uvicorn``. For several workers that answer for each other's
 jobs: ``JOBS_DB=jobs.db python examples/fastapi_app.py --workers 2``.
 """
 

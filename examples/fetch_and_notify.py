@@ -8,7 +8,8 @@
     the webhook was called 12 times, and has 10 orders
 
 The server is in this file, too. It limits, fails, hangs, and hangs up. With ``--journal orders.db``, the same
-command sends only what has not been sent, also after a ``kill -9``.
+command sends what the journal does not know as sent, also after a ``kill -9``; an order that was in flight
+then is sent again, with the same key.
 """
 
 import argparse

@@ -8,7 +8,7 @@ of them is read and counted in three ways at once (scatter), the three counts be
 of all files the report (merge). What differs between the ways is in ``run_here``, ``run_over_http`` and
 ``run_on_workers``, and is printed with the result.
 
-It needs ``pip install async-pipeline[fastapi,taskiq] httpx uvicorn``, and for Dask ``async-pipeline[dask]``.
+It needs ``pip install 'async-pipeline[fastapi,taskiq]' httpx uvicorn``, and for Dask the extra ``dask``.
 With a Redis and ``taskiq-redis``, the files go to worker processes, on as many machines as you like:
 
     export BROKER_URL=redis://127.0.0.1

@@ -2,7 +2,7 @@
 
     python examples/spread_over_workers.py                         # in this process, with no server
 
-It needs ``pip install async-pipeline[taskiq]``. To spread it, there has to be a Redis, and ``taskiq-redis``;
+It needs ``pip install 'async-pipeline[taskiq]'``. To spread it, have a Redis, and ``taskiq-redis``;
 with RabbitMQ (``taskiq-aio-pika``) or NATS JetStream (``taskiq-nats``) as the broker, it keeps the results:
 
     export BROKER_URL=redis://127.0.0.1                            # or amqp://..., nats://... and REDIS_URL

@@ -277,6 +277,8 @@ class World:
             for _, seen, earlier in observations:
                 for began, _, later in observations:
                     if seen < began:
+                        if later.finished is None and self.store.has_failed and self.is_left:
+                            continue  # its end could not be saved as the runner was left
                         assert RANKS[earlier.status] <= RANKS[later.status]
                         assert earlier.progress <= later.progress
                         assert earlier.updated <= later.updated
