@@ -630,6 +630,7 @@ class TestNames:
 
     def test_what_is_not_there_is_not_there(self) -> None:
         module: Any = async_pipeline
+        assert module.__getattr__("journal").Journal is Journal
         with pytest.raises(AttributeError, match=r"^module 'async_pipeline' has no attribute 'nothing'$"):
             _ = module.nothing
 

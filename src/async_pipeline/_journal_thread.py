@@ -120,7 +120,6 @@ async def _to_its_end(future: "asyncio.Future[T]") -> T:
     try:
         await until_ended(future)
     except asyncio.CancelledError:
-        if not future.cancelled():
-            future.exception()  # seen
+        future.exception()  # seen
         raise
     return future.result()
