@@ -3,13 +3,10 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import sysconfig
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ import async_pipeline
 from async_pipeline import StageExecutionError
 from examples.spread_over_workers import blocks, count_steps, find_longest
 from examples.stdlib_census import Package, find_files, package_name, pipeline, take_census
-from tests.integrations.servers import redis_url
+from tests.integrations.servers import redis_url, taskiq_workers
 
 ROOT = Path(__file__).parents[1]
 CENSUS = ROOT / "examples" / "stdlib_census.py"
@@ -232,36 +229,13 @@ def test_search_in_this_process() -> None:
     assert search.returncode == 0
 
 
-@contextmanager
-def workers(**environment: str) -> Iterator[None]:
-    """Two of taskiq's own workers, for as long as the block runs."""
-    command = [sys.executable, "-m", "taskiq", "worker", "examples.spread_over_workers:broker"]
-    process = subprocess.Popen(
-        [*command, "--workers", "2", "--max-async-tasks", "2", "--max-prefetch", "0"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{LIBRARY}{os.pathsep}{ROOT}"} | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a Ctrl-C for the tests is none for them
-    )
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(20)
-
-
 def test_search_over_workers_by_a_client_that_comes_back() -> None:
     name = f"async-pipeline-test:{uuid.uuid4()}"
     environment = {"BROKER_URL": redis_url(), "QUEUE": name}
     command = [SPREAD, "--below", 100_000, "--run-id", name]
     with Redis.from_url(redis_url()) as redis:
         try:
-            with workers(**environment):
+            with taskiq_workers("examples.spread_over_workers:broker", **environment):
                 first = run_with_packages(*command, **environment)
             again = run_with_packages(*command, **environment)  # no worker is left
         finally:

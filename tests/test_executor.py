@@ -239,8 +239,8 @@ class TestArguments:
     def test_threads_and_executors_of_ones_own_are_for_handlers_that_want_the_context(self) -> None:
         executors: list[Any] = ["thread", ThreadPoolExecutor(1), Inline()]
         for executor in executors:
-            Stage("wants", with_context, executor=executor)
-            Stage("wants", same, executor=executor, pass_context=True)
+            assert Stage("wants", with_context, executor=executor).executor is executor
+            assert Stage("wants", same, executor=executor, pass_context=True).executor is executor
 
     @pytest.mark.threads
     def test_nothing_imports_the_slow_modules_to_find_out(self) -> None:

@@ -30,9 +30,7 @@ class WorkerStep:
         if shared["observers"]:
             options["observers"] = [self._observe]
         self._pipeline = pipeline.replace(**options)
-
-    async def run(self, value: Any, /, *, context: Any = None) -> str:
-        raise NotImplementedError  # pragma: no cover - an item has an index
+        self.run = self._pipeline.run  # of an item that belongs to no batch
 
     async def _run_item(self, value: Any, context: Any, index: int, timeout: float | None) -> str:
         token, place = current_item_key.set(self._keys[index]), _position.set(index)

@@ -2,12 +2,9 @@
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from redis import Redis
 import async_pipeline
 from async_pipeline import StageExecutionError
 from examples import split_map_merge as example
-from tests.integrations.servers import redis_url
+from tests.integrations.servers import redis_url, taskiq_workers
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "split_map_merge.py"
@@ -190,35 +187,12 @@ def test_the_command_when_the_ways_differ(
 # -- on workers in other processes
 
 
-@contextmanager
-def workers(**environment: str) -> Iterator[None]:
-    """Two of taskiq's own workers, for as long as the block runs."""
-    command = [sys.executable, "-m", "taskiq", "worker", "examples.split_map_merge:broker"]
-    process = subprocess.Popen(
-        [*command, "--workers", "2", "--max-async-tasks", "2", "--max-prefetch", "0"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{LIBRARY}{os.pathsep}{ROOT}"} | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a Ctrl-C for the tests is none for them
-    )
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(20)
-
-
 def test_the_command_on_workers_with_redis() -> None:
     queue = f"async-pipeline-test:{uuid.uuid4()}"
     environment = {"BROKER_URL": redis_url(), "QUEUE": queue}
     with Redis.from_url(redis_url()) as redis:
         try:
-            with workers(**environment):
+            with taskiq_workers("examples.split_map_merge:broker", **environment):
                 program = run("asyncio", "--way", "here", "--way", "workers", **environment)
         finally:
             redis.delete(queue)

@@ -5,8 +5,19 @@ of the tests share a server: a test gives its queues, streams and keys names of 
 """
 
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+
+import async_pipeline
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = Path(async_pipeline.__file__).parents[1]
 
 REDIS = """\
 redis-server --port 6399 --save '' & export REDIS_URL=redis://127.0.0.1:6399
@@ -44,3 +55,26 @@ def _named(variable: str, how_to: str) -> str:
     if not url:
         pytest.skip(f"start one and name it in {variable}:\n{how_to}", allow_module_level=True)
     return url
+
+
+@contextmanager
+def taskiq_workers(broker: str, **environment: str) -> Iterator[None]:
+    """Two of taskiq's own workers of a ``module:broker``, for as long as the block runs."""
+    command = [sys.executable, "-m", "taskiq", "worker", broker]
+    process = subprocess.Popen(
+        [*command, "--workers", "2", "--max-async-tasks", "2", "--max-prefetch", "0"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{LIBRARY}{os.pathsep}{ROOT}"} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a Ctrl-C for the tests is none for them
+    )
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(20)
