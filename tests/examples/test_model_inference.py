@@ -199,6 +199,10 @@ async def test_processes(start_method: str) -> None:
     assert lines_of(output) == [[row.place, "zoo"] for row in rows]
 
 
+# seen on 3.11.2: after a failure the pool's shutdown waits for ever for its thread, which sleeps
+ends = pytest.mark.skipif(sys.version_info < (3, 12), reason="a process pool may not end before Python 3.12")
+
+
 class Deadly(Model):
     """A model of which a process dies, as one does that the system has no more memory for."""
 
@@ -211,6 +215,7 @@ def load_deadly(path: str) -> None:
     model_inference.model = Deadly([], {})
 
 
+@ends
 @pytest.mark.threads
 def test_a_killed_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(model_inference, "load_model", load_deadly)
@@ -229,6 +234,7 @@ def load_broken(path: str) -> None:
     model_inference.model = Broken([], {})
 
 
+@ends
 @pytest.mark.threads
 def test_a_model_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_inference, "load_model", load_broken)
